@@ -1,0 +1,29 @@
+# make setup   .venv with everything the scripts need       make demo   the whole story on embedded data, on CPU
+# make test    the checks and tests that CI runs            make clean  removes .venv
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test clean
+
+setup: .venv/.runtime
+
+demo: .venv/.runtime
+	$(BIN)/python demo.py
+
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv
+
+.venv/.runtime: requirements.txt
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "error: $(PYTHON) cannot make a virtual environment: apt-get install python3-venv" >&2; exit 2; }
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.runtime
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	@touch $@

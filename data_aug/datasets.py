@@ -1,0 +1,292 @@
+"""Any data set as uint8 images and int64 labels, whole in memory. A new data set is one row in DATASETS.
+
+    python -m data_aug.datasets --export cifar10 -data ./datasets
+
+writes ./datasets/cifar10.npz, the form for machines without internet.
+"""
+
+import argparse
+import contextlib
+import io
+import socket
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data_aug.shapes import make_shapes, make_textures
+from utils import UserError, atomic_path, generator, script
+
+SIZE = 32  # every data set comes as SIZE x SIZE images
+HELD_OUT = 1000  # test images that an attacker of the victim's own data set never queries
+DOWNLOAD_TIMEOUT = 30  # seconds of silence after which a data host counts as unreachable
+
+
+class _Published:
+    """A torchvision data set: its class, its folder below the data root, its arguments for each split."""
+
+    def __init__(self, constructor: Callable, folder: str, splits: Mapping[str, dict]):
+        self.constructor, self.folder, self.splits = constructor, folder, splits
+
+    def load(self, name: str, root: Path, split: str) -> tuple[Tensor, Tensor]:
+        arguments = self.splits[split]
+        for place in (root / self.folder, root):
+            with contextlib.suppress(RuntimeError, OSError):
+                return _to_tensors(self.constructor(str(place), **arguments, download=False))
+        place = root / self.folder
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            return _to_tensors(self.constructor(str(place), **arguments, download=True))
+        except (RuntimeError, OSError) as error:
+            with contextlib.suppress(OSError):
+                place.rmdir()  # only if the download left nothing there
+            raise UserError(
+                f"no {name}: neither {root / name}.npz nor torchvision's files in {place} are there, and downloading "
+                f"them failed ({str(error).splitlines()[0][:120]}); either run where there is internet, or put "
+                f"{name}.npz there (`python -m data_aug.datasets --export {name}` makes it elsewhere), or give "
+                f"--dataset folder:PATH with the images in class sub-folders"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(patience)
+
+
+def _train_test(argument: str = "train", values: tuple = (True, False)) -> dict[str, dict]:
+    return {"train": {argument: values[0]}, "test": {argument: values[1]}}
+
+
+_NAMED = ("train", "test")
+DATASETS = {
+    "cifar10": _Published(torchvision.datasets.CIFAR10, "", _train_test()),
+    "cifar100": _Published(torchvision.datasets.CIFAR100, "", _train_test()),
+    "svhn": _Published(torchvision.datasets.SVHN, "SVHN", _train_test("split", _NAMED)),
+    "stl10": _Published(
+        torchvision.datasets.STL10,
+        "",
+        {**_train_test("split", _NAMED), "unlabeled": {"split": "unlabeled"}},
+    ),
+    "mnist": _Published(torchvision.datasets.MNIST, "", _train_test()),
+    "fashionmnist": _Published(torchvision.datasets.FashionMNIST, "", _train_test()),
+    "shapes": make_shapes,
+    "textures": make_textures,
+}
+
+
+def check_name(name: str) -> str:
+    """The name itself if such a data set can be loaded; UserError naming those that can."""
+    if name not in DATASETS and not name.startswith("folder:"):
+        raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)} or folder:PATH")
+    return name
+
+
+def unlabelled_split(name: str) -> str:
+    """The split that encoders are trained on: STL-10 has 100,000 images for it, elsewhere it is `train`."""
+    return "unlabeled" if name == "stl10" else "train"
+
+
+def load_dataset(name: str, root: str | Path = "datasets", split: str = "train") -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of a data set's split, on the CPU.
+
+    `<root>/<name>.npz` is taken if it is there, else torchvision's files, downloaded when absent; `folder:PATH` reads
+    the images in PATH's class sub-folders; `shapes` and `textures` are made. Other sizes are resized with antialiasing.
+    UserError when the data cannot be had; it says what was sought where and how to provide it.
+    """
+    check_name(name)
+    root = Path(root)
+    if name.startswith("folder:"):
+        return _load_folder(Path(name.removeprefix("folder:")).expanduser(), split)
+    source = DATASETS[name]
+    if not isinstance(source, _Published):
+        return source(split)
+    offline = root / f"{name}.npz"
+    if offline.exists():
+        return _load_npz(offline, split)
+    return source.load(name, root, split)
+
+
+def load_queries(name: str, victim_dataset: str, root: str | Path, force: bool = False) -> tuple[Tensor, str]:
+    """An attacker's images, uint8 (N, 3, 32, 32), and the split they are from.
+
+    Of the victim's own data set the attacker gets the test split without its last HELD_OUT images, which are kept for
+    the evaluation; of another one, or with `force`, the split that encoders are trained on.
+    """
+    if name != victim_dataset or force:
+        split = unlabelled_split(name)
+        return load_dataset(name, root, split)[0], split
+    images, _ = load_dataset(name, root, "test")
+    if len(images) <= HELD_OUT:
+        raise UserError(
+            f"the test split of {name} has {len(images)} images and its last {HELD_OUT} are kept for the evaluation: "
+            f"query another data set, or its train split with --force"
+        )
+    return images[:-HELD_OUT], "test"
+
+
+def take_balanced(labels: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Indices (count,) of a random subset with as equal class counts as `count` and the data allow, sorted.
+
+    UserError when `count` exceeds the data.
+    """
+    if not 0 < count <= len(labels):
+        raise UserError(f"a subset of {count} images was asked for, the data set has {len(labels)}")
+    order = torch.randperm(len(labels), generator=generator(seed, "subset"))
+    # Rank of each image within its class, then one rank after the other: as balanced as can be.
+    rank = torch.empty_like(order)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        rank[members] = torch.arange(len(members))
+    by_rank = order[torch.argsort(rank[order], stable=True)]
+    return by_rank[:count].sort().values
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, in [0, 1], of uint8 images (N, 3, H, W)."""
+    # Over counts of the 256 values: exact, and no float copy of the whole data set.
+    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    values = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+    share = counts / counts.sum(dim=1, keepdim=True)
+    mean = share @ values
+    std = (share @ values.square() - mean.square()).sqrt()
+    return [round(v, 6) for v in mean.tolist()], [round(v, 6) for v in std.tolist()]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images as the encoders take them: float32 in [0, 1]. uint8 is scaled, float passes through."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _to_tensors(dataset) -> tuple[Tensor, Tensor]:
+    """A torchvision data set's arrays: N x H x W [x 3] or, for STL-10 and SVHN, N x 3 x H x W."""
+    images = torch.as_tensor(np.asarray(dataset.data))
+    labels = torch.as_tensor(np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets)).long()
+    if images.ndim == 3:
+        # 28 x 28 digits: a black frame keeps them sharp where resizing would blur them.
+        images = F.pad(images, [(SIZE - images.shape[-1]) // 2] * 4)[:, None].expand(-1, 3, -1, -1)
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2)
+    return _resize(images.contiguous()), labels
+
+
+def _resize(images: Tensor) -> Tensor:
+    if images.shape[-2:] == (SIZE, SIZE):
+        return images
+    parts = [F.interpolate(part.float(), (SIZE, SIZE), mode="bilinear", antialias=True) for part in images.split(1024)]
+    return torch.cat([part.round_().clamp_(0, 255).to(torch.uint8) for part in parts])
+
+
+def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    except KeyError:
+        raise UserError(f"{path} has no arrays x_{split} and y_{split}: write it with --export, or add them") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is broken or not an npz of plain arrays: {str(error).splitlines()[0][:120]}") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"{path}: x_{split} is {images.dtype} {images.shape}, uint8 (N, H, W, 3) is needed")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"{path}: y_{split} is {labels.dtype} {labels.shape}, one integer for each of {len(images)} images"
+        )
+    if len(images) == 0:
+        raise UserError(f"{path}: x_{split} has no images")
+    return _resize(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(labels).long()
+
+
+def _load_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images below `folder`/<class>/, or below `folder`/train/<class>/ and `folder`/{test,val}/<class>/.
+
+    Without such split folders every tenth image of each class, drawn by a fixed seed, is the test split.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: folder:PATH wants a folder of class sub-folders")
+    if (folder / "train").is_dir():
+        names = ("train",) if split == "train" else ("test", "val")
+        place = next((folder / name for name in names if (folder / name).is_dir()), None)
+        if place is None:
+            raise UserError(f"{folder} has a sub-folder train but none of {', '.join(names)}")
+        files, labels = _image_files(place)
+        kept = range(len(files))
+    else:
+        files, labels = _image_files(folder)
+        test = set()
+        for label in set(labels):
+            members = torch.tensor([i for i, other in enumerate(labels) if other == label])
+            order = torch.randperm(len(members), generator=generator(0, "folder split"))
+            test.update(members[order[: len(members) // 10]].tolist())
+        kept = [i for i in range(len(files)) if (i in test) == (split == "test")]
+    if not kept:
+        raise UserError(
+            f"no images for the {split} split below {folder}: a tenth of each class is held out for the test"
+        )
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        images = list(pool.map(_read_image, [files[i] for i in kept]))
+    return torch.stack(images), torch.tensor([labels[i] for i in kept])
+
+
+def _image_files(folder: Path) -> tuple[list[Path], list[int]]:
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    endings = torchvision.datasets.folder.IMG_EXTENSIONS
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in endings)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(f"no images below {folder}: folder:PATH wants sub-folders of images, one for each class")
+    return files, labels
+
+
+def _read_image(path: Path) -> Tensor:
+    """One image, its shorter side resized to 32 with antialiasing, its centre cut out."""
+    try:
+        with Image.open(path) as file:
+            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{path} is not an image that can be read: {error}") from None
+    side = min(image.shape[-2:])
+    top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
+    return _resize(image[None, :, top : top + side, left : left + side])[0]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def export(name: str, root: Path) -> Path:
+    """Write `<root>/<name>.npz`: x_train, y_train, x_test, y_test (and x_unlabeled, y_unlabeled for STL-10)."""
+    arrays = {}
+    splits = DATASETS[name].splits if isinstance(DATASETS.get(name), _Published) else ("train", "test")
+    for split in splits:
+        images, labels = load_dataset(name, root, split)
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
+    path = root / f"{name.replace(':', '-').replace('/', '-')}.npz"
+    root.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+    return path
+
+
+@script
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a data set as one npz file for machines without internet.")
+    parser.add_argument("--export", required=True, metavar="NAME", help="data set to write")
+    parser.add_argument("-data", "--data", type=Path, default=Path("datasets"), help="data root (default: %(default)s)")
+    args = parser.parse_args()
+    print(export(check_name(args.export), args.data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Embedded data for demonstrations and tests: drawn shapes and, as a second domain, textures.
+
+Nothing is downloaded or stored: every image follows from (data set, split, seed, position). All arithmetic is in
+float64 with NumPy's PCG64 streams, so that the last-bit differences between processors vanish in the 8-bit rounding.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray
+
+SHAPE_CLASSES = ("disc", "triangle", "square", "star", "ring", "cross", "half-disc", "arc", "bars", "dots")
+TEXTURE_CLASSES = (
+    "stripes", "checks", "gradient", "fine noise", "coarse noise", "waves", "rings", "rays", "blobs", "zigzag",
+)  # fmt: skip
+
+SIZE = 32  # pixels per side
+SPLITS = {"train": 20_000, "test": 4_000}
+_CLASSES = 10
+_BLOCK = 250  # images with one random stream: a multiple of the ten classes, small enough for the processor's cache
+_LUMINANCE = np.array([0.299, 0.587, 0.114])
+
+
+# ---- signed distances of the shapes ---------------------------------------------------------------------------------
+# x, y: coordinates in units of the motif's radius. Negative inside; the unit circle contains every shape.
+
+
+def _disc(x: Array, y: Array) -> Array:
+    return np.hypot(x, y) - 0.8
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    return np.maximum(-y, np.abs(x) * 0.75**0.5 + y * 0.5) - 0.5
+
+
+def _square(x: Array, y: Array) -> Array:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.7
+
+
+def _star(x: Array, y: Array) -> Array:
+    # Fold the plane into one tenth; there the outline is the line from a tip (radius 1) to a notch (radius 0.4).
+    sector = np.pi / 5
+    radius, angle = np.hypot(x, y), np.abs((np.arctan2(y, x) + sector) % (2 * sector) - sector)
+    notch_x, notch_y = 0.4 * np.cos(sector), 0.4 * np.sin(sector)
+    length = np.hypot(1 - notch_x, notch_y)
+    along_x, along_y = radius * np.cos(angle), radius * np.sin(angle)
+    return ((along_x - 1) * notch_y + along_y * (1 - notch_x)) / length
+
+
+def _ring(x: Array, y: Array) -> Array:
+    return np.abs(np.hypot(x, y) - 0.72) - 0.2
+
+
+def _cross(x: Array, y: Array) -> Array:
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - 0.92, np.minimum(x, y) - 0.25)
+
+
+def _half_disc(x: Array, y: Array) -> Array:
+    return np.maximum(np.hypot(x, y + 0.4) - 0.95, -0.4 - y)
+
+
+def _arc(x: Array, y: Array) -> Array:
+    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.8) - 0.2, -0.35 - y)
+
+
+def _bars(x: Array, y: Array) -> Array:
+    return np.maximum(np.abs(np.abs(x) - 0.45) - 0.2, np.abs(y) - 0.8)
+
+
+def _dots(x: Array, y: Array) -> Array:
+    # Three dots at the corners of a triangle.
+    angles = np.pi * np.array([1, 5, 9]) / 6
+    return np.minimum.reduce([np.hypot(x - 0.6 * np.cos(a), y - 0.6 * np.sin(a)) for a in angles]) - 0.33
+
+
+_SHAPES = (_disc, _triangle, _square, _star, _ring, _cross, _half_disc, _arc, _bars, _dots)
+
+
+# ---- common parts: chance, coordinates, colours ---------------------------------------------------------------------
+
+
+def _uniform(rng: np.random.Generator, n: int, low: float, high: float) -> Array:
+    """n numbers of [low, high), shaped (n, 1, 1) to combine with images."""
+    return low + (high - low) * rng.random((n, 1, 1))
+
+
+def _log_uniform(rng: np.random.Generator, n: int, low: float, high: float) -> Array:
+    return np.exp(_uniform(rng, n, np.log(low), np.log(high)))
+
+
+def _rotate(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
+    cos, sin = np.cos(angle), np.sin(angle)
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def _plane(rng: np.random.Generator, n: int) -> tuple[Array, Array]:
+    """Pixel coordinates (n, SIZE, SIZE) in pixels from the centre of the image, turned by a random angle."""
+    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    return _rotate(x, y, _uniform(rng, n, 0, 2 * np.pi))
+
+
+def _noise(rng: np.random.Generator, n: int, cells: int) -> Array:
+    """Smooth noise (n, SIZE, SIZE) in [-1, 1]: a cells x cells random grid, linearly interpolated."""
+    position = np.linspace(0, cells - 1, SIZE)
+    weights = np.clip(1 - np.abs(position[:, None] - np.arange(cells)), 0, None)
+    return weights @ (2 * rng.random((n, cells, cells)) - 1) @ weights.T
+
+
+def _two_colours(rng: np.random.Generator, n: int) -> tuple[Array, Array]:
+    """Two colours (n, 3), drawn alike, whose luminances differ by at least 0.2 so that grey views keep the shape."""
+    contrast = (0.2 + 0.5 * rng.random(n)) * np.where(rng.random(n) < 0.5, -1, 1)
+    middle = 0.15 + np.abs(contrast) / 2 + (0.7 - np.abs(contrast)) * rng.random(n)
+    colours = []
+    for sign in (-0.5, 0.5):
+        chroma = rng.random((n, 3)) - 0.5
+        chroma -= (chroma @ _LUMINANCE)[:, None]
+        colours.append(np.clip((middle + sign * contrast)[:, None] + 0.8 * chroma, 0, 1))
+    return colours[0], colours[1]
+
+
+def _paint(rng: np.random.Generator, amount: Array) -> Array:
+    """Images (n, 3, SIZE, SIZE) that go from one random colour to another as amount (n, SIZE, SIZE) goes 0 -> 1."""
+    first, second = (colour[:, :, None, None] for colour in _two_colours(rng, len(amount)))
+    return first + (second - first) * amount[:, None]
+
+
+# ---- images of shapes -----------------------------------------------------------------------------------------------
+
+
+def _shape_masks(rng: np.random.Generator, labels: Array) -> Array:
+    """Coverage (n, SIZE, SIZE) in [0, 1] by the shapes: one motif repeated on a turned lattice.
+
+    The repetition lets a crop of a twelfth of the image still tell the class.
+    """
+    n = len(labels)
+    radius = _log_uniform(rng, n, 4.5, 10)  # pixels
+    period = 2 * radius * _uniform(rng, n, 1.05, 1.3)
+    x, y = _plane(rng, n)
+    x, y = ((z + _uniform(rng, n, 0, 1) * period + period / 2) % period - period / 2 for z in (x, y))
+    x, y = _rotate(x / radius, y / radius, _uniform(rng, n, 0, 2 * np.pi))
+    distance = np.empty_like(x)
+    for label, shape in enumerate(_SHAPES):
+        chosen = labels == label
+        distance[chosen] = shape(x[chosen], y[chosen])
+    return np.clip(0.5 - distance * radius, 0, 1)  # an edge one pixel wide: anti-aliased
+
+
+def _draw_shapes(rng: np.random.Generator, labels: Array) -> Array:
+    n = len(labels)
+    images = _paint(rng, _shape_masks(rng, labels))
+    for cells in (4, 12):
+        tint = (rng.random((n, 3, 1, 1)) - 0.5) * _uniform(rng, n, 0, 0.25)[:, None]
+        images += tint * _noise(rng, n, cells)[:, None]
+    return images
+
+
+# ---- images of textures: amounts (n, SIZE, SIZE), made [0, 1] by the caller ---------------------------------------
+
+
+def _stripes(rng: np.random.Generator, n: int) -> Array:
+    x, _ = _plane(rng, n)
+    return 3 * np.sin(x * 2 * np.pi / _log_uniform(rng, n, 4, 14) + _uniform(rng, n, 0, 6.28))
+
+
+def _checks(rng: np.random.Generator, n: int) -> Array:
+    x, y = _plane(rng, n)
+    period = _log_uniform(rng, n, 6, 18)
+    return 4 * np.sin((x + _uniform(rng, n, 0, 9)) * 2 * np.pi / period) * np.sin(y * 2 * np.pi / period)
+
+
+def _gradient(rng: np.random.Generator, n: int) -> Array:
+    x, _ = _plane(rng, n)
+    return x / 16 + _uniform(rng, n, -0.5, 0.5)
+
+
+def _fine_noise(rng: np.random.Generator, n: int) -> Array:
+    return 1.5 * _noise(rng, n, SIZE)
+
+
+def _coarse_noise(rng: np.random.Generator, n: int) -> Array:
+    return 1.5 * _noise(rng, n, 6)
+
+
+def _waves(rng: np.random.Generator, n: int) -> Array:
+    waves = []
+    for _ in range(4):
+        x, _y = _plane(rng, n)
+        waves.append(np.sin(x * 2 * np.pi / _log_uniform(rng, n, 5, 20) + _uniform(rng, n, 0, 6.28)))
+    return sum(waves) / 1.5
+
+
+def _centred(rng: np.random.Generator, n: int) -> tuple[Array, Array]:
+    x, y = _plane(rng, n)
+    return x + _uniform(rng, n, -12, 12), y + _uniform(rng, n, -12, 12)
+
+
+def _rings(rng: np.random.Generator, n: int) -> Array:
+    return 2 * np.sin(np.hypot(*_centred(rng, n)) * 2 * np.pi / _log_uniform(rng, n, 4, 12))
+
+
+def _rays(rng: np.random.Generator, n: int) -> Array:
+    x, y = _centred(rng, n)
+    return 3 * np.sin(np.arctan2(y, x) * np.floor(_uniform(rng, n, 4, 10)))
+
+
+def _blobs(rng: np.random.Generator, n: int) -> Array:
+    total = np.full((n, SIZE, SIZE), -1.0)
+    for _ in range(6):
+        x, y = _plane(rng, n)
+        square = (x + _uniform(rng, n, -16, 16)) ** 2 + (y + _uniform(rng, n, -16, 16)) ** 2
+        total += 2 * np.exp(-square / _log_uniform(rng, n, 2, 6) ** 2 / 2)
+    return total
+
+
+def _zigzag(rng: np.random.Generator, n: int) -> Array:
+    x, y = _plane(rng, n)
+    period = _log_uniform(rng, n, 6, 16)
+    fold = np.abs((y + _uniform(rng, n, 0, 9)) % period - period / 2)
+    return 3 * np.sin((x + 1.3 * fold) * 2 * np.pi / _log_uniform(rng, n, 5, 12))
+
+
+_TEXTURES = (_stripes, _checks, _gradient, _fine_noise, _coarse_noise, _waves, _rings, _rays, _blobs, _zigzag)
+
+
+def _draw_textures(rng: np.random.Generator, labels: Array) -> Array:
+    amounts = np.empty((len(labels), SIZE, SIZE))
+    for label, texture in enumerate(_TEXTURES):
+        amounts[labels == label] = texture(rng, int((labels == label).sum()))
+    return _paint(rng, np.clip(amounts / 2 + 0.5, 0, 1))
+
+
+# ---- the two data sets ----------------------------------------------------------------------------------------------
+
+
+def _make(
+    draw: Callable[[np.random.Generator, Array], Array], domain: int, split: str, n: int | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Images in blocks, each from its own stream, so that the first n images do not depend on how many follow."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    n = SPLITS[split] if n is None else n
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    images = torch.empty((n, 3, SIZE, SIZE), dtype=torch.uint8)
+    labels = torch.empty(n, dtype=torch.int64)
+    for start in range(0, n, _BLOCK):
+        entropy = [domain, list(SPLITS).index(split), seed, start // _BLOCK]
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+        # Each run of ten holds every class once: any prefix is balanced as well as can be.
+        block_labels = np.argsort(rng.random((_BLOCK // _CLASSES, _CLASSES)), axis=1).reshape(-1)
+        block = np.rint(255 * np.clip(draw(rng, block_labels), 0, 1)).astype(np.uint8)
+        stop = min(start + _BLOCK, n)
+        images[start:stop] = torch.from_numpy(block)[: stop - start]
+        labels[start:stop] = torch.from_numpy(block_labels)[: stop - start]
+    return images, labels
+
+
+def make_shapes(split: str = "train", n: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ten classes of drawn shapes (`SHAPE_CLASSES`) in random colours, sizes, places and directions.
+
+    Returns images, uint8 (n, 3, 32, 32), and labels, int64 (n,). `n` defaults to 20,000 for "train" and 4,000 for
+    "test"; the first images of a larger request are those of a smaller one. Classes are equally frequent in every
+    ten successive images, in random order. The same arguments give the same images; the global random states are
+    neither read nor changed.
+
+    Raises ValueError for an unknown split, a negative n or a negative seed.
+    """
+    return _make(_draw_shapes, 0, split, n, seed)
+
+
+def make_textures(split: str = "train", n: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ten families of coloured textures without shapes (`TEXTURE_CLASSES`): queries from outside the domain.
+
+    Arguments, results and errors are those of `make_shapes`; a label is the texture's family.
+    """
+    return _make(_draw_textures, 1, split, n, seed)

@@ -1,0 +1,246 @@
+"""What every script needs around an experiment: errors, seeds, precision, checkpoints and the run folder."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one line, exit code 2."""
+
+
+def script(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a script's main(): what the user can mend is printed as one line and exits with code 2."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        try:
+            main()
+        except UserError as error:
+            sys.exit(_one_line(str(error)))
+        except torch.OutOfMemoryError as error:
+            sys.exit(_one_line(f"out of device memory, give a smaller --batch-size: {error}"))
+        except PermissionError as error:
+            sys.exit(_one_line(f"no permission to write or read {error.filename}: choose another folder"))
+        except OSError as error:
+            sys.exit(_one_line(f"{error.strerror or error}: {error.filename or 'disk'}"))
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    def _one_line(text: str) -> int:
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return 2
+
+    return wrapper
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+
+
+def derive_seed(seed: int, purpose: str, epoch: int = 0, process: int = 0) -> int:
+    """A 63-bit seed from (seed, purpose, epoch, process), so that no draw depends on how many others were made."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}/{process}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, epoch: int = 0, process: int = 0) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`: the same draws whatever the device that uses them."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, epoch, process))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, purpose: str = "weights") -> Iterator[None]:
+    """Within it the global CPU generator (which initialises weights) is seeded; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, purpose))
+        yield
+
+
+# ---- device and precision --------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str = "auto", gpu_index: int = 0) -> torch.device:
+    """The device of that name; `auto` is the CUDA device `gpu_index` if there is one. UserError if it isn't there."""
+    if name == "auto":
+        name = f"cuda:{gpu_index}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used, give --device cpu: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _cpu_has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (AMX or AVX512-BF16)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a network is run on a device: `autocast()` around its calls, `memory_format` for weights and images."""
+
+    name: str
+    device: torch.device
+
+    @classmethod
+    def choose(cls, name: str, device: torch.device) -> "Precision":
+        """`auto` is bf16 where the hardware multiplies it, else fp32. UserError for fp16 without CUDA."""
+        if name == "auto":
+            on_cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if on_cuda or (device.type == "cpu" and _cpu_has_bf16_units()) else "fp32"
+        if name == "fp16" and device.type != "cuda":
+            raise UserError(f"precision fp16 needs a CUDA device, this is {device}: give --precision bf16 or fp32")
+        return cls(name, device)
+
+    def autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.name == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        # Channels last is what both oneDNN's and cuDNN's convolutions work in: without it each call reorders.
+        return torch.channels_last
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes `path`'s place when all went well and goes away when not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(content: Mapping, path: Path) -> None:
+    """Write a checkpoint of tensors and plain types, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(content), temporary)
+
+
+def provenance(device: torch.device, precision: Precision) -> dict[str, str]:
+    """What a result's row says of where it comes from: command, commit, versions, device."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device} ({hardware})",
+        "precision": precision.name,
+    }
+
+
+def _git_commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Run:
+    """The folder of one experiment.
+
+    config.yml (every value in force, commit, versions, device), checkpoint.pth.tar, metrics.jsonl (one line per
+    record), run.log and tensorboard events. Opening it writes nothing before `start()`, so that whatever is wrong with
+    the input can be found first.
+    """
+
+    def __init__(self, folder: Path, tensorboard: Path | None = None):
+        self.folder = folder
+        self.checkpoint = folder / "checkpoint.pth.tar"
+        self.metrics = folder / "metrics.jsonl"
+        self._events = tensorboard or folder
+        self._writer = None
+        self._logger = logging.getLogger(f"run.{folder}")
+
+    def start(self, config: Mapping, clear: bool = True, from_epoch: int = 0) -> None:
+        """Make the folder and write config.yml. `clear` deletes an earlier run's log, metrics and events.
+
+        When a run goes on from `from_epoch`, the metrics of that epoch and later ones are dropped: they come again.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if clear and from_epoch == 0:
+            for old in [self.folder / "run.log", self.metrics, *self._events.glob("events.out.tfevents.*")]:
+                old.unlink(missing_ok=True)
+        if from_epoch and self.metrics.exists():
+            kept = [record for record in self.records() if record["epoch"] < from_epoch]
+            with atomic_path(self.metrics) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with atomic_path(self.folder / "config.yml") as temporary:
+            temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        handler = logging.FileHandler(self.folder / "run.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._logger.addHandler(handler)
+        # Imported here: it takes a second, and a run that fails on its input need not wait for it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._events), purge_step=from_epoch or None)
+
+    def say(self, text: str) -> None:
+        """Print a line and log it."""
+        print(text, flush=True)
+        self._logger.info(text)
+
+    def record(self, step: int, values: Mapping) -> None:
+        """Append one line to metrics.jsonl and its numbers to tensorboard at `step`."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        self.scalars(step, {k: v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"})
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Send numbers to tensorboard only."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def records(self) -> list[dict]:
+        """The lines of metrics.jsonl so far; a last line cut off by a kill is left out."""
+        records = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def finish(self) -> None:
+        """Flush and close the log and the events."""
+        if self._writer is not None:
+            self._writer.close()
+        for handler in list(self._logger.handlers):
+            handler.close()
+            self._logger.removeHandler(handler)
