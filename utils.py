@@ -155,7 +155,7 @@ def provenance(device: torch.device, precision: Precision) -> dict[str, str]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _git_commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": f"{device} ({hardware})",
         "precision": precision.name,
     }
