@@ -127,7 +127,7 @@ def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tenso
     """
     device = images.device
     boxes, flip = _send(boxes, device), _send(flip, device)
-    rows = _resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size) 
+    rows = _resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size)
     columns = _resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size, flip)
     return _separable(images.float(), rows / 255, columns)
 

@@ -21,6 +21,15 @@ SIZE = 32  # pixels per side
 SPLITS = {"train": 20_000, "test": 4_000}
 _CLASSES = 10
 _BLOCK = 250  # images with one random stream: a multiple of the ten classes, small enough for the processor's cache
+# How hard the shapes are. What random features read most easily, and what SimCLR's views discard (contrast, colour,
+# shading, size), varies much; what marks all crops of one image but is not its class varies little.
+RADIUS = (3.7, 8.5)  # of a motif, pixels
+THICKENING = 0.08  # of a motif's outline, at most, in radii
+SHAPE_CONTRAST = (0.13, 0.7)  # luminance between shape and background
+SHAPE_CHROMA = 0.3
+CLOUDS = 0.15  # amplitude of the coloured clouds, at most
+SHADE = 0.4  # change of brightness across the image, at most
+GRAIN = 0.25  # amplitude of the pixel noise, at most
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
@@ -110,21 +119,24 @@ def _noise(rng: np.random.Generator, n: int, cells: int) -> Array:
     return weights @ (2 * rng.random((n, cells, cells)) - 1) @ weights.T
 
 
-def _two_colours(rng: np.random.Generator, n: int) -> tuple[Array, Array]:
-    """Two colours (n, 3), drawn alike, whose luminances differ by at least 0.2 so that grey views keep the shape."""
-    contrast = (0.2 + 0.5 * rng.random(n)) * np.where(rng.random(n) < 0.5, -1, 1)
-    middle = 0.15 + np.abs(contrast) / 2 + (0.7 - np.abs(contrast)) * rng.random(n)
+def _two_colours(
+    rng: np.random.Generator, n: int, contrast_range: tuple[float, float], chroma: float
+) -> tuple[Array, Array]:
+    """Two colours (n, 3) in [0, 1], drawn alike; their luminances differ, so that grey views keep what is drawn."""
+    contrast = _log_uniform(rng, n, *contrast_range).reshape(n, 1)
+    middle = 0.15 + contrast / 2 + (0.7 - contrast) * rng.random((n, 1))
+    contrast *= np.where(rng.random((n, 1)) < 0.5, -1, 1)
     colours = []
     for sign in (-0.5, 0.5):
-        chroma = rng.random((n, 3)) - 0.5
-        chroma -= (chroma @ _LUMINANCE)[:, None]
-        colours.append(np.clip((middle + sign * contrast)[:, None] + 0.8 * chroma, 0, 1))
+        tint = rng.random((n, 3)) - 0.5
+        tint -= (tint @ _LUMINANCE)[:, None]  # of luminance 0
+        colours.append(np.clip(middle + sign * contrast + chroma * tint, 0, 1))
     return colours[0], colours[1]
 
 
-def _paint(rng: np.random.Generator, amount: Array) -> Array:
+def _paint(rng: np.random.Generator, amount: Array, contrast_range: tuple[float, float], chroma: float) -> Array:
     """Images (n, 3, SIZE, SIZE) that go from one random colour to another as amount (n, SIZE, SIZE) goes 0 -> 1."""
-    first, second = (colour[:, :, None, None] for colour in _two_colours(rng, len(amount)))
+    first, second = (c[:, :, None, None] for c in _two_colours(rng, len(amount), contrast_range, chroma))
     return first + (second - first) * amount[:, None]
 
 
@@ -132,29 +144,36 @@ def _paint(rng: np.random.Generator, amount: Array) -> Array:
 
 
 def _shape_masks(rng: np.random.Generator, labels: Array) -> Array:
-    """Coverage (n, SIZE, SIZE) in [0, 1] by the shapes: one motif repeated on a turned lattice.
+    """Coverage (n, SIZE, SIZE) in [0, 1] by one motif, repeated on a turned square lattice.
 
-    The repetition lets a crop of a twelfth of the image still tell the class.
+    The repetition lets a crop of a twelfth of the image still tell the class. Every copy is turned differently, lest
+    one direction mark all crops of an image better than its class does.
     """
     n = len(labels)
-    radius = _log_uniform(rng, n, 4.5, 10)  # pixels
-    period = 2 * radius * _uniform(rng, n, 1.05, 1.3)
-    x, y = _plane(rng, n)
-    x, y = ((z + _uniform(rng, n, 0, 1) * period + period / 2) % period - period / 2 for z in (x, y))
-    x, y = _rotate(x / radius, y / radius, _uniform(rng, n, 0, 2 * np.pi))
-    distance = np.empty_like(x)
+    radius = _log_uniform(rng, n, *RADIUS)
+    period = 2 * radius * _uniform(rng, n, 1.05, 1.2)
+    x, y = (z / period + _uniform(rng, n, 0, 1) for z in _plane(rng, n))
+    column, row = np.floor(x), np.floor(y)
+    turn, turn_by_column, turn_by_row = (_uniform(rng, n, 0, 2 * np.pi) for _ in range(3))
+    x, y = ((z - cell - 0.5) * period / radius for z, cell in ((x, column), (y, row)))
+    x, y = _rotate(x, y, turn + column * turn_by_column + row * turn_by_row)
+    # Thicker or thinner motifs: the area covered is not to give the class away.
+    distance = _uniform(rng, n, -THICKENING, THICKENING) + np.zeros_like(x)
     for label, shape in enumerate(_SHAPES):
         chosen = labels == label
-        distance[chosen] = shape(x[chosen], y[chosen])
+        distance[chosen] += shape(x[chosen], y[chosen])
     return np.clip(0.5 - distance * radius, 0, 1)  # an edge one pixel wide: anti-aliased
 
 
 def _draw_shapes(rng: np.random.Generator, labels: Array) -> Array:
     n = len(labels)
-    images = _paint(rng, _shape_masks(rng, labels))
-    for cells in (4, 12):
-        tint = (rng.random((n, 3, 1, 1)) - 0.5) * _uniform(rng, n, 0, 0.25)[:, None]
+    images = _paint(rng, _shape_masks(rng, labels), SHAPE_CONTRAST, SHAPE_CHROMA)
+    for cells in (4, 12):  # tinted clouds over shape and background
+        tint = (rng.random((n, 3, 1, 1)) - 0.5) * _uniform(rng, n, 0, CLOUDS)[:, None]
         images += tint * _noise(rng, n, cells)[:, None]
+    direction, _ = _plane(rng, n)
+    images *= (1 + _uniform(rng, n, 0, SHADE) * direction / (SIZE * 0.7))[:, None]
+    images += GRAIN * _uniform(rng, n, 0, 1)[:, None] * (rng.random((n, 1, SIZE, SIZE)) - 0.5)
     return images
 
 
@@ -230,7 +249,7 @@ def _draw_textures(rng: np.random.Generator, labels: Array) -> Array:
     amounts = np.empty((len(labels), SIZE, SIZE))
     for label, texture in enumerate(_TEXTURES):
         amounts[labels == label] = texture(rng, int((labels == label).sum()))
-    return _paint(rng, np.clip(amounts / 2 + 0.5, 0, 1))
+    return _paint(rng, np.clip(amounts / 2 + 0.5, 0, 1), (0.2, 0.7), 0.8)
 
 
 # ---- the two data sets ----------------------------------------------------------------------------------------------
