@@ -177,8 +177,8 @@ def ask_once(victim: Victim, images: Tensor, keep: Path | None = None, batch_siz
     ):
         file.truncate(done * row_bytes)  # a row cut off by a kill
         file.seek(0, 2)
-        for batch in images[done:].split(batch_size):
-            rows = victim.query(batch).cpu()
+        while done < len(images):
+            rows = victim.query(images[done : done + batch_size]).cpu()
             file.write(rows.numpy().tobytes())
             file.flush()
             answers[done : done + len(rows)] = rows

@@ -23,13 +23,13 @@ _CLASSES = 10
 _BLOCK = 250  # images with one random stream: a multiple of the ten classes, small enough for the processor's cache
 # How hard the shapes are. What random features read most easily, and what SimCLR's views discard (contrast, colour,
 # shading, size), varies much; what marks all crops of one image but is not its class varies little.
-RADIUS = (3.7, 8.5)  # of a motif, pixels
-THICKENING = 0.08  # of a motif's outline, at most, in radii
-SHAPE_CONTRAST = (0.13, 0.7)  # luminance between shape and background
-SHAPE_CHROMA = 0.3
+RADIUS = (3.8, 7.0)  # of a motif, pixels
+THICKENING = 0.04  # of a motif's outline, at most, in radii
+SHAPE_CONTRAST = (0.16, 0.7)  # luminance between shape and background
+SHAPE_CHROMA = 0.15
 CLOUDS = 0.15  # amplitude of the coloured clouds, at most
-SHADE = 0.4  # change of brightness across the image, at most
-GRAIN = 0.25  # amplitude of the pixel noise, at most
+SHADE = 0.2  # change of brightness across the image, at most
+GRAIN = 0.05  # amplitude of the pixel noise, at most
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
@@ -69,15 +69,15 @@ def _cross(x: Array, y: Array) -> Array:
 
 
 def _half_disc(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y + 0.4) - 0.95, -0.4 - y)
+    return np.maximum(np.hypot(x, y + 0.4) - 0.9, -0.4 - y)
 
 
 def _arc(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.8) - 0.2, -0.35 - y)
+    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.72) - 0.2, -0.35 - y)
 
 
 def _bars(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.abs(x) - 0.45) - 0.2, np.abs(y) - 0.8)
+    return np.maximum(np.abs(np.abs(x) - 0.45) - 0.2, np.abs(y) - 0.75)
 
 
 def _dots(x: Array, y: Array) -> Array:

@@ -13,8 +13,6 @@ from utils import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture
 def encoder():

@@ -1,0 +1,243 @@
+"""Loading data from every form, the subsets taken of it, and the errors about it."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from data_aug import datasets
+from data_aug.datasets import (
+    channel_statistics,
+    export,
+    load_dataset,
+    load_queries,
+    take_balanced,
+    to_float,
+    unlabelled_split,
+)
+from utils import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_internet(monkeypatch):
+    """A test never downloads, wherever it runs."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(torchvision.datasets.utils.urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Writes images of 48 x 40 below <tmp>/<path>, so many for each class."""
+
+    def write(path, classes=("ant", "bee"), number=20):
+        for label, name in enumerate(classes):
+            (tmp_path / path / name).mkdir(parents=True)
+            for i in range(number):
+                colour = (10 * i, 100 * label, 7)
+                Image.new("RGB", (48, 40), colour).save(tmp_path / path / name / f"{i:03}.png")
+        return tmp_path / path
+
+    return write
+
+
+def error(*args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        load_dataset(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["shapes", "textures"])
+def test_embedded_sets_come_in_the_common_form(name):
+    for split, number in (("train", 20000), ("test", 4000)):
+        images, labels = load_dataset(name, split=split)
+        assert images.shape == (number, 3, 32, 32)
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+
+
+def test_npz_is_read_before_anything_else(write_npz, tmp_path):
+    path = write_npz("cifar10")
+    images, labels = load_dataset("cifar10", tmp_path, "test")
+    with np.load(path) as arrays:
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), arrays["x_test"])
+        assert np.array_equal(labels.numpy(), arrays["y_test"])
+
+
+def test_npz_of_another_size_is_resized_with_antialiasing(tmp_path):
+    stripes = np.zeros((1, 96, 96, 3), np.uint8)
+    stripes[:, :, ::2] = 255  # finer than 32 pixels can show: antialiasing makes them grey
+    arrays = {f"{a}_{s}": v for s in ("train", "test") for a, v in (("x", stripes), ("y", np.zeros(1, int)))}
+    np.savez(tmp_path / "stl10.npz", **arrays)
+    images, _ = load_dataset("stl10", tmp_path)
+    assert images.shape == (1, 3, 32, 32)
+    assert (images.float() - 127.5).abs().max() < 25
+    expected = torchvision.transforms.functional.resize(Image.fromarray(stripes[0]), 32)
+    difference = images[0].permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()
+    assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"x_train": np.zeros((2, 32, 32, 3), np.uint8)}, "no arrays x_train and y_train"),
+        ({"x_train": np.zeros((2, 32, 32), np.uint8), "y_train": np.zeros(2, int)}, r"uint8 \(2, 32, 32\)"),
+        ({"x_train": np.zeros((2, 32, 32, 3), np.float32), "y_train": np.zeros(2, int)}, "float32"),
+        ({"x_train": np.zeros((2, 32, 32, 3), np.uint8), "y_train": np.zeros(3, int)}, "one integer for each of 2"),
+        ({"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": np.zeros(0, int)}, "no images"),
+        ({"x_train": np.array([{}]), "y_train": np.zeros(1, int)}, "broken or not an npz of plain arrays"),
+    ],
+)
+def test_broken_npz_is_refused(arrays, text, tmp_path):
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    with pytest.raises(UserError, match=text):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_truncated_npz_is_refused(write_npz, tmp_path):
+    path = write_npz("cifar10")
+    whole = path.read_bytes()
+    for length in (0, 100, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        assert "broken" in error("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10", "mnist", "fashionmnist"])
+def test_failed_download_says_what_was_sought_and_the_three_ways(name, tmp_path):
+    text = error(name, tmp_path / "data")
+    assert str(tmp_path / "data" / name) in text
+    for way in ("where there is internet", "--export", "folder:PATH"):
+        assert way in text
+
+
+def test_torchvision_layout_is_read(tmp_path):
+    """Real files of torchvision's layout, made small: MNIST's idx format."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    for stem in ("train", "t10k"):
+        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in digits.shape)
+        (raw / f"{stem}-images-idx3-ubyte").write_bytes(header + digits.tobytes())
+        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x05" + bytes(range(5)))
+    images, labels = load_dataset("mnist", tmp_path)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    assert images.shape == (5, 3, 32, 32)
+    assert torch.equal(images[:, 1, 2:30, 2:30], torch.from_numpy(digits))
+    assert images[:, :, :2].eq(0).all()
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_arrays_of_either_layout_become_channels_first(layout):
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+
+    class Published:
+        data = pixels.numpy() if layout == "last" else pixels.permute(0, 3, 1, 2).numpy()
+        targets = (1, 2, 3)
+
+    images, labels = datasets._to_tensors(Published())
+    assert torch.equal(images, pixels.permute(0, 3, 1, 2))
+    assert labels.tolist() == [1, 2, 3]
+
+
+def test_folder_with_splits(image_folder, tmp_path):
+    image_folder("set/train", number=3)
+    image_folder("set/val", number=2)
+    images, labels = load_dataset(f"folder:{tmp_path / 'set'}", split="train")
+    assert images.shape == (6, 3, 32, 32)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images[4, :, 0, 0].tolist() == [10, 100, 7]
+    assert len(load_dataset(f"folder:{tmp_path / 'set'}", split="test")[0]) == 4
+
+
+def test_folder_without_splits_holds_out_a_tenth_of_each_class(image_folder):
+    name = f"folder:{image_folder('set')}"
+    train, train_labels = load_dataset(name, split="train")
+    test, test_labels = load_dataset(name, split="test")
+    assert (len(train), len(test)) == (36, 4)
+    assert train_labels.bincount().tolist() == [18, 18]
+    assert test_labels.bincount().tolist() == [2, 2]
+    seen = {bytes(image.numpy().tobytes()) for image in train}
+    assert not any(bytes(image.numpy().tobytes()) in seen for image in test)
+    assert torch.equal(load_dataset(name, split="test")[0], test)
+
+
+def test_bad_folders(image_folder, tmp_path):
+    assert "no folder" in error(f"folder:{tmp_path / 'none'}")
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    assert "no images below" in error(f"folder:{tmp_path / 'empty'}")
+    (image_folder("set/train") / "ant" / "000.png").write_bytes(b"no image")
+    assert "000.png is not an image" in error(f"folder:{tmp_path / 'set'}")
+    image_folder("half/train")
+    assert "none of test, val" in error(f"folder:{tmp_path / 'half'}", split="test")
+
+
+def test_unknown_name_lists_the_known():
+    text = error("cifar11")
+    assert "'cifar11'" in text
+    assert "cifar10, cifar100, svhn" in text
+
+
+def test_export_and_back(write_npz, tmp_path):
+    write_npz("svhn", train=7, test=3)
+    before = load_dataset("svhn", tmp_path)
+    path = export("svhn", tmp_path)
+    assert path == tmp_path / "svhn.npz"
+    after = load_dataset("svhn", tmp_path)
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+
+
+def test_queries_of_the_victims_own_set_leave_the_last_thousand(write_npz, tmp_path):
+    write_npz("cifar10", train=40, test=1010)
+    test, _ = load_dataset("cifar10", tmp_path, "test")
+    images, split = load_queries("cifar10", "cifar10", tmp_path)
+    assert split == "test"
+    assert torch.equal(images, test[:10])
+    for options in ({"victim_dataset": "svhn"}, {"victim_dataset": "cifar10", "force": True}):
+        images, split = load_queries("cifar10", root=tmp_path, **options)
+        assert (len(images), split) == (40, "train")
+
+
+def test_queries_of_a_small_test_split(write_npz, tmp_path):
+    write_npz("svhn", test=284)
+    with pytest.raises(UserError, match=r"284 images.*--force"):
+        load_queries("svhn", "svhn", tmp_path)
+
+
+def test_unlabelled_split():
+    assert unlabelled_split("stl10") == "unlabeled"
+    assert unlabelled_split("cifar10") == "train"
+
+
+@pytest.mark.parametrize("count", [1, 10, 33, 60])
+def test_balanced_subset(count):
+    labels = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)
+    index = take_balanced(labels, count)
+    assert len(index.unique()) == count
+    numbers = labels[index].bincount(minlength=3)
+    if count <= 30:
+        assert numbers.max() - numbers.min() <= 1
+    assert torch.equal(index, take_balanced(labels, count))
+    if 1 < count < 60:
+        assert not torch.equal(index, take_balanced(labels, count, seed=1))
+
+
+def test_balanced_subset_of_more_than_there_is():
+    with pytest.raises(UserError, match=r"5 images.*has 4"):
+        take_balanced(torch.zeros(4, dtype=torch.int64), 5)
+
+
+def test_channel_statistics_are_mean_and_deviation(images):
+    mean, std = channel_statistics(images)
+    pixels = images.double().div(255).transpose(0, 1).flatten(1)
+    assert mean == pytest.approx(pixels.mean(dim=1).tolist(), abs=1e-5)
+    assert std == pytest.approx(pixels.std(dim=1, correction=0).tolist(), abs=1e-5)
+
+
+def test_to_float(images):
+    assert torch.equal(to_float(images), images.float() / 255)
+    assert to_float(torch.ones(1)).eq(1).all()
