@@ -3,6 +3,7 @@
 python linear_eval.py --dataset cifar10 --datasetsteal svhn --dataset-test stl10 --losstype mse --num_queries 9000
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -162,7 +163,10 @@ def main() -> None:
     run.record(100, {"row": row})
     run.say(options.as_row(row))
     run.finish()
-    print(f"row: {run.metrics}")
+    # One append of one line: evaluations that run side by side don't mix theirs.
+    with (args.checkpoint_dir / "results.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"row: {run.metrics} and {args.checkpoint_dir / 'results.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -92,8 +92,7 @@ def apply_views(images: Tensor, draws: ViewDraws) -> Tensor:
     is empty or reaches outside them. Crop and blur are matrix products, so they follow
     torch.set_float32_matmul_precision; they ignore autocast, as bfloat16 holds no more than 8 bits of a value.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be uint8 of shape (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    _check_images(images)
     if len(images) != len(draws):
         raise ValueError(f"{len(draws)} draws for {len(images)} images")
     corners, sides, limits = draws.boxes[:, :2], draws.boxes[:, 2:], torch.tensor(images.shape[2:])
@@ -114,7 +113,13 @@ def random_views(images: Tensor, size: int, generator: torch.Generator) -> Tenso
 
     For several views of an image, repeat it in the batch: every row has its own draws.
     """
+    _check_images(images)
     return apply_views(images, draw_views(len(images), *images.shape[-2:], size, generator))
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be uint8 of shape (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
 
 
 def _make_views(images: Tensor, draws: ViewDraws) -> Tensor:
@@ -211,7 +216,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     weights /= weights.sum(1, keepdim=True)
     pixel = torch.arange(size, device=x.device)
     source = (size - 1 - (size - 1 - (pixel + offset[:, None]).abs()).abs()).abs()
-    # (taps, S, S): 1 where this tap of this output pixel reads that input pixel. One product with it makes all matrices.
+    # (taps, S, S): 1 where a tap of an output pixel reads an input pixel. One product with it makes all matrices.
     reads = (source[:, :, None] == pixel).to(x.dtype)
     matrix = (weights @ reads.flatten(1)).view(len(x), size, size)
     return _separable(x, matrix, matrix)

@@ -38,7 +38,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.8
+    return np.hypot(x, y) - 0.65
 
 
 def _triangle(x: Array, y: Array) -> Array:
@@ -46,26 +46,26 @@ def _triangle(x: Array, y: Array) -> Array:
 
 
 def _square(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.7
+    return np.maximum(np.abs(x), np.abs(y)) - 0.57
 
 
 def _star(x: Array, y: Array) -> Array:
-    # Fold the plane into one tenth; there the outline is the line from a tip (radius 1) to a notch (radius 0.4).
+    # Fold the plane into one tenth; there the outline is the line from a tip (radius 1) to a notch (radius 0.45).
     sector = np.pi / 5
     radius, angle = np.hypot(x, y), np.abs((np.arctan2(y, x) + sector) % (2 * sector) - sector)
-    notch_x, notch_y = 0.4 * np.cos(sector), 0.4 * np.sin(sector)
+    notch_x, notch_y = 0.45 * np.cos(sector), 0.45 * np.sin(sector)
     length = np.hypot(1 - notch_x, notch_y)
     along_x, along_y = radius * np.cos(angle), radius * np.sin(angle)
     return ((along_x - 1) * notch_y + along_y * (1 - notch_x)) / length
 
 
 def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.72) - 0.2
+    return np.abs(np.hypot(x, y) - 0.65) - 0.16
 
 
 def _cross(x: Array, y: Array) -> Array:
     x, y = np.abs(x), np.abs(y)
-    return np.maximum(np.maximum(x, y) - 0.92, np.minimum(x, y) - 0.25)
+    return np.maximum(np.maximum(x, y) - 0.92, np.minimum(x, y) - 0.2)
 
 
 def _half_disc(x: Array, y: Array) -> Array:
@@ -73,17 +73,17 @@ def _half_disc(x: Array, y: Array) -> Array:
 
 
 def _arc(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.72) - 0.2, -0.35 - y)
+    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.67) - 0.27, -0.35 - y)
 
 
 def _bars(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.abs(x) - 0.45) - 0.2, np.abs(y) - 0.75)
+    return np.maximum(np.abs(np.abs(x) - 0.43) - 0.22, np.abs(y) - 0.75)
 
 
 def _dots(x: Array, y: Array) -> Array:
     # Three dots at the corners of a triangle.
     angles = np.pi * np.array([1, 5, 9]) / 6
-    return np.minimum.reduce([np.hypot(x - 0.6 * np.cos(a), y - 0.6 * np.sin(a)) for a in angles]) - 0.33
+    return np.minimum.reduce([np.hypot(x - 0.6 * np.cos(a), y - 0.6 * np.sin(a)) for a in angles]) - 0.36
 
 
 _SHAPES = (_disc, _triangle, _square, _star, _ring, _cross, _half_disc, _arc, _bars, _dots)

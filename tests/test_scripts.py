@@ -1,0 +1,408 @@
+"""The scripts as a user runs them: the whole way on tiny data, names, resumption after SIGKILL, refusals."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import linear_eval
+import options
+import run
+import steal
+from models import build_encoder, load_encoder, read_checkpoint
+from tests.conftest import ROOT
+
+SMALL = ["--arch", "resnet10w32", "--device", "cpu"]
+TRAIN = ["--dataset", "cifar10", "--epochs", "2", "-b", "32", *SMALL]
+STEAL = ["--datasetsteal", "svhn", "--epochstrain", "2", "--archstolen", "resnet10w32", "-b", "16", *SMALL]
+JUDGE = ["--datasetsteal", "svhn", "--epochstrain", "2", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """./datasets with a little cifar10 (1,040 test images), svhn and mnist as npz files."""
+    import numpy as np
+
+    root = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    for name, train, test in (("cifar10", 64, 1040), ("svhn", 48, 32), ("mnist", 40, 24)):
+        arrays = {}
+        for split, number in (("train", train), ("test", test)):
+            arrays[f"x_{split}"] = draw.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
+            arrays[f"y_{split}"] = np.arange(number) % 10
+        np.savez(root / f"{name}.npz", **arrays)
+    return root
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, data, tmp_path):
+    """Calls a script's main() in this process; returns (exit code, output, errors). Runs go to <tmp>/checkpoints."""
+
+    def run_main(module, *arguments, folder=tmp_path):
+        line = [
+            f"{module.__name__}.py",
+            "-data",
+            str(data),
+            "--checkpoint-dir",
+            str(folder / "checkpoints"),
+            *arguments,
+        ]
+        monkeypatch.setattr(sys, "argv", list(map(str, line)))
+        capsys.readouterr()
+        try:
+            module.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run_main
+
+
+@pytest.fixture
+def refused(call):
+    """The one line with which a script refuses; nothing may be left in the checkpoint folder that was not there."""
+
+    def refusal(module, *arguments, **options):
+        code, _, err = call(module, *arguments, **options)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return refusal
+
+
+@pytest.fixture(scope="module")
+def pipeline(data, tmp_path_factory):
+    """A victim, a copy, and the folder of both."""
+    root = tmp_path_factory.mktemp("pipeline")
+    common = ["-data", str(data), "--checkpoint-dir", str(root / "checkpoints")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, arguments in ((run, TRAIN), (steal, [*STEAL, "--epochs", "2", "--losstype", "mse", *QUERIES])):
+            patch.setattr(sys, "argv", [module.__name__, *common, *arguments])
+            module.main()
+    return root
+
+
+QUERIES = ["--num_queries", "40"]
+VICTIM = "victim-cifar10-resnet10w32-infonce-2ep-seed0-batchsize=32"
+COPY = "stolen-svhn-resnet10w32-mse-40q-2ep-seed0-batchsize=16"
+
+
+def test_run_folder_is_complete(pipeline):
+    for folder in (pipeline / "checkpoints" / VICTIM, pipeline / "checkpoints" / VICTIM / COPY):
+        names = {path.name.split(".tfevents")[0] for path in folder.iterdir() if path.is_file()}
+        assert names == {"checkpoint.pth.tar", "config.yml", "metrics.jsonl", "run.log", "events.out"}
+        config = yaml.safe_load((folder / "config.yml").read_text())
+        assert config["settings"]["lr"] == (0.001 if "stolen" in folder.name else 0.0003)  # the presets, as in force
+        assert config["settings"]["seed"] == 0
+        assert {"command", "commit", "torch", "device", "precision"} <= config["provenance"].keys()
+        assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_checkpoints_are_readable_and_honest(pipeline):
+    victim = read_checkpoint(pipeline / "checkpoints" / VICTIM / "checkpoint.pth.tar")
+    copy = read_checkpoint(pipeline / "checkpoints" / VICTIM / COPY / "checkpoint.pth.tar")
+    assert (victim["epoch"], victim["arch"], victim["kind"], victim["images"]) == (2, "resnet10w32", "victim", 64)
+    assert copy["ledger"]["default"]["queries"] == 40
+    assert copy["query_set"] == {"dataset": "svhn", "split": "train", "images": 40}
+    assert load_encoder(pipeline / "checkpoints" / VICTIM / "checkpoint.pth.tar").out_dim == 128
+
+
+def test_linear_evaluation_of_each_model(pipeline, call):
+    rows = {}
+    for kind, extra in (("victim", []), ("stolen", ["--losstype", "mse", "--epochs", "2", *QUERIES]), ("random", [])):
+        code, out, err = call(
+            linear_eval, *JUDGE, "--modeltype", kind, *extra, "--dataset-test", "mnist", folder=pipeline
+        )
+        assert code == 0, err
+        assert f"model {kind}" in out
+        rows[kind] = json.loads((pipeline / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    for kind, row in rows.items():
+        assert (row["model"], row["downstream"], row["train_images"], row["test_images"]) == (kind, "mnist", 40, 24)
+        assert {
+            "top1",
+            "top5",
+            "top1_converged",
+            "knn",
+            "command",
+            "commit",
+            "torch",
+            "device",
+            "seconds",
+        } <= row.keys()
+        assert row["queries"] == (40 if kind == "stolen" else 0)
+    assert "lr: 0.0001" in next(pipeline.rglob("stolen-*/linear-mnist*/config.yml")).read_text()
+    assert "lr: 0.0003" in next(pipeline.rglob("victim-*/linear-mnist*/config.yml")).read_text()
+
+
+def test_evaluation_of_the_same_name_is_not_repeated_with_resume(pipeline, call):
+    arguments = [*JUDGE, "--modeltype", "random", "--dataset-test", "svhn", "--seed", "5"]
+    assert call(linear_eval, *arguments, folder=pipeline)[0] == 0
+    before = (pipeline / "checkpoints" / "results.jsonl").read_text()
+    _, out, _ = call(linear_eval, *arguments, "--resume", folder=pipeline)
+    assert "is there already" in out
+    assert (pipeline / "checkpoints" / "results.jsonl").read_text() == before
+
+
+def test_save_keeps_a_classifier(pipeline, call):
+    call(linear_eval, *JUDGE, "--modeltype", "victim", "--dataset-test", "mnist", "--save", "True", folder=pipeline)
+    state = read_checkpoint(next(pipeline.rglob("victim-*/linear-mnist*/checkpoint.pth.tar")))["state_dict"]
+    assert state["fc.weight"].shape == (10, 256)
+    assert "layer4.0.conv1.weight" in state
+
+
+def test_own_data_set_queries_the_test_split_and_evaluates_on_its_last_thousand(pipeline, call, refused):
+    arguments = [*STEAL, "--epochs", "1", "--losstype", "mse", "--datasetsteal", "cifar10", "--num_queries", "40"]
+    assert call(steal, *arguments, folder=pipeline)[0] == 0
+    judge = [*JUDGE, "--losstype", "mse", "--epochs", "1", "--datasetsteal", "cifar10", "--num_queries", "40"]
+    assert call(linear_eval, *judge, "--dataset-test", "cifar10", folder=pipeline)[0] == 0
+    row = json.loads((pipeline / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    assert (row["test_images"], row["test_images_queried"]) == (1000, 0)
+    # All 1,040 test images would include the 40 that were queried.
+    text = refused(linear_eval, *judge, "--dataset-test", "cifar10", "--num-test", "1040", folder=pipeline)
+    assert "40 of the 1040 test images were queried" in text
+    text = refused(steal, *arguments[:-1], "41", folder=pipeline)
+    assert "41 queries" in text
+    assert "has 40 to query" in text
+
+
+def test_released_recipe_all_the_way(pipeline, call):
+    code, out, _ = call(
+        steal, *STEAL, "--epochs", "3", "--losstype", "mse", *QUERIES, "--recipe", "released", folder=pipeline
+    )
+    assert code == 0
+    assert "queries: 120, of distinct images: 40" in out
+    judge = [*JUDGE, "--losstype", "mse", "--epochs", "3", *QUERIES, "--recipe", "released", "-n", "20"]
+    code, out, _ = call(linear_eval, *judge, "--dataset-test", "mnist", "--num-test", "24", folder=pipeline)
+    assert code == 0
+    row = json.loads((pipeline / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    assert row["recipe"] == "released"
+    assert row["queries"] == 120
+    assert "top1_converged" not in row
+
+
+def test_random_encoder_on_shapes(call, tmp_path):
+    judge = [*SMALL, "--modeltype", "random", "--dataset-test", "shapes", "-n", "300", "--num-test", "200"]
+    assert call(linear_eval, *judge)[0] == 0
+    row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text())
+    assert row["train_images"] == 300
+
+
+def test_normalisation_reaches_victim_and_copy(call, tmp_path):
+    assert call(run, *TRAIN, "--epochs", "1", "--normalize", "True")[0] == 0
+    assert call(steal, *STEAL, "--epochstrain", "1", "--epochs", "1", "--losstype", "mse", *QUERIES)[0] == 0
+    victim, copy = (
+        read_checkpoint(next(tmp_path.rglob(f"{kind}-*/checkpoint.pth.tar"))) for kind in ("victim", "stolen")
+    )
+    assert victim["normalize"] == copy["normalize"]
+    assert load_encoder(next(tmp_path.rglob("victim-*/checkpoint.pth.tar"))).normalize[0] == victim["normalize"][0]
+    assert victim["normalize"][0] == pytest.approx([0.5, 0.5, 0.5], abs=0.02)
+
+
+def test_a_checkpoint_of_2022_is_stolen_from(call, tmp_path):
+    encoder = build_encoder("resnet10w32", out_dim=128)
+    path = tmp_path / "cifar10_checkpoint_200_infonce.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet34", "state_dict": encoder.state_dict(), "optimizer": {}}, path)
+    code, out, err = call(steal, *STEAL, "--victim", path, "--epochs", "1", "--losstype", "mse", *QUERIES)
+    assert code == 0, err
+    copy = next((tmp_path / "checkpoints").rglob("checkpoint.pth.tar"))
+    assert copy.parent.parent.name.startswith("cifar10_checkpoint_200_infonce-")
+
+
+# ---- names ----
+
+
+def name_of(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    parser, args = module.parse()
+    return options.run_name("x", parser, args, {"dataset": "{value}", "epochs": "{value}ep"})
+
+
+def test_every_setting_that_matters_distinguishes_names(monkeypatch):
+    variants = [
+        [],
+        ["--dataset", "svhn"],
+        ["--arch", "resnet18"],
+        ["--epochs", "3"],
+        ["--seed", "1"],
+        ["--lr", "0.1"],
+        ["-b", "7"],
+        ["--wd", "0"],
+        ["--temperature", "0.5"],
+        ["--out_dim", "64"],
+        ["--num-train", "100"],
+        ["--normalize"],
+        ["--recipe", "released"],
+        ["--flat-epochs", "3"],
+        ["--precision", "bf16"],
+        ["--n-views", "3"],
+    ]
+    names = [name_of(run, monkeypatch, *variant) for variant in variants]
+    assert len(set(names)) == len(variants)
+    same = [["--lr", "3e-4"], ["-b", "256"], ["--device", "cpu"], ["-data", "x"], ["--resume"], ["--workers", "1"]]
+    assert {name_of(run, monkeypatch, *variant) for variant in same} == {names[0]}
+    assert all(re.fullmatch(r"[\w.=+-]+", name) for name in names)
+
+
+def test_presets_apply_only_where_nothing_was_given(monkeypatch):
+    expected = {"infonce": (256, 3e-4), "softnn": (256, 1e-3), "mse": (64, 1e-3), "softce": (64, 1e-3)}
+    for loss, (batch_size, lr) in {**expected, "wasserstein": (64, 1e-3)}.items():
+        monkeypatch.setattr(sys, "argv", ["steal", "--losstype", loss])
+        _, args = steal.parse()
+        assert (args.batch_size, args.lr, args.weight_decay) == (batch_size, lr, 1e-4)
+        monkeypatch.setattr(sys, "argv", ["steal", "--losstype", loss, "-b", "16", "--lr", "0.5", "--wd", "0"])
+        _, args = steal.parse()
+        assert (args.batch_size, args.lr, args.weight_decay) == (16, 0.5, 0.0)
+
+
+def test_the_2022_command_lines_parse(monkeypatch):
+    lines = {
+        run: "-data ./datasets --dataset cifar10 --epochs 200 --arch resnet34",
+        steal: "-data ./datasets --dataset cifar10 --datasetsteal svhn --epochs 100 --arch resnet34 --losstype mse "
+        "--num_queries 9000",
+        linear_eval: "--dataset cifar10 --datasetsteal svhn --dataset-test stl10 --losstype mse --num_queries 9000",
+    }
+    for module, line in lines.items():
+        monkeypatch.setattr(sys, "argv", [module.__name__, *line.split()])
+        _, args = module.parse()
+        assert args.arch == "resnet34"
+        assert str(args.data) == "datasets"
+    assert (args.modeltype, args.epochs, args.epochstrain, args.lr, args.num_labeled) == (
+        "stolen",
+        100,
+        200,
+        1e-4,
+        50000,
+    )
+
+
+def test_data_flag_has_both_spellings_and_switches_take_nothing(monkeypatch):
+    for flag in ("-data", "--data"):
+        monkeypatch.setattr(sys, "argv", ["steal", flag, "here", "--force", "--useaug", "False", "--resume", "True"])
+        _, args = steal.parse()
+        assert (str(args.data), args.force, args.useaug, args.resume) == ("here", True, False, True)
+
+
+# ---- killed and resumed ----
+
+
+def test_sigkill_and_resume_give_the_uninterrupted_weights(data, tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), "-data", str(data), *TRAIN, "--epochs", "6", "--workers", "1"]
+
+    def checkpoint(name):
+        return next((tmp_path / name).rglob("checkpoint.pth.tar"), None)
+
+    subprocess.run([*command, "--checkpoint-dir", "whole"], cwd=tmp_path, check=True, capture_output=True)
+    killed = subprocess.Popen([*command, "--checkpoint-dir", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while checkpoint("cut") is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert 0 < read_checkpoint(checkpoint("cut"))["epoch"] < 6
+    resumed = [*command, "--checkpoint-dir", "cut", "--resume"]
+    out = subprocess.run(resumed, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "resumed after epoch" in out
+    whole, cut = (read_checkpoint(checkpoint(name)) for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut["state_dict"][key]) for key, value in whole["state_dict"].items())
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
+
+
+def test_a_victim_that_was_interrupted_is_not_used(call, refused, tmp_path):
+    assert call(run, *TRAIN)[0] == 0
+    path = next(tmp_path.rglob("checkpoint.pth.tar"))
+    checkpoint = read_checkpoint(path)
+    torch.save({**checkpoint, "epoch": 1}, path)
+    assert "stopped after epoch 1 of 2" in refused(steal, *STEAL, "--losstype", "mse", *QUERIES)
+
+
+# ---- refusals ----
+
+
+def test_unknown_names_and_values(refused):
+    assert "unknown data set 'cifar11'" in refused(run, "--dataset", "cifar11")
+    assert "resnet99" in refused(run, "--arch", "resnet99")
+    assert "hinge" in refused(steal, "--losstype", "hinge")
+    assert "'yes' is neither True nor False" in refused(steal, "--force", "yes")
+    assert "not a whole number" in refused(run, "--epochs", "0")
+    assert "not a number above 0" in refused(run, "--temperature", "-1")
+    assert "not a number above 0" in refused(run, "--lr", "nan")
+    assert "unrecognized arguments: --lrr" in refused(run, "--lrr", "1")
+    assert "contradict" in refused(run, *TRAIN, "--fp16-precision", "--precision", "bf16")
+    assert "at least 2 views" in refused(run, *TRAIN, "--n-views", "1")
+    assert "fp16 needs a CUDA device" in refused(run, *TRAIN, "--fp16-precision")
+
+
+def test_missing_victim_lists_what_is_there(pipeline, refused):
+    text = refused(steal, *STEAL, "--arch", "resnet18", folder=pipeline)
+    assert "no victim encoder with dataset cifar10, arch resnet18" in text
+    assert VICTIM in text
+    text = refused(linear_eval, *JUDGE, "--losstype", "softnn", folder=pipeline)
+    assert "no stolen encoder" in text
+    assert COPY in text
+
+
+def test_several_copies_that_match_are_listed(pipeline, call, refused):
+    for views in ("1", "2"):
+        call(steal, *STEAL, "--epochs", "1", "--losstype", "softce", *QUERIES, "--n-views", views, folder=pipeline)
+    text = refused(linear_eval, *JUDGE, "--losstype", "softce", "--epochs", "1", *QUERIES, folder=pipeline)
+    assert "several stolen encoders" in text
+    assert "nviews=2" in text
+
+
+def test_bad_victims(pipeline, refused, tmp_path):
+    victim = pipeline / "checkpoints" / VICTIM / "checkpoint.pth.tar"
+    assert "no checkpoint at" in refused(steal, *STEAL, "--victim", "nowhere.pth.tar", *QUERIES)
+    assert "holds a resnet10w32" in refused(steal, *STEAL, "--arch", "resnet18", "--victim", victim, *QUERIES)
+    (tmp_path / "cut").write_bytes(victim.read_bytes()[:5000])
+    assert "cut" in refused(steal, *STEAL, "--victim", tmp_path / "cut", *QUERIES)
+    assert "trained on cifar10, not svhn" in refused(steal, *STEAL, "--dataset", "svhn", "--victim", victim, *QUERIES)
+    assert "same width" in refused(steal, *STEAL, "--archstolen", "resnet18", "--victim", victim, *QUERIES)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_more_queries_than_images(pipeline, refused):
+    before = set(pipeline.rglob("*"))
+    text = refused(steal, *STEAL, "--losstype", "infonce", "--num_queries", "9000", folder=pipeline)
+    assert "9000 queries" in text
+    assert "svhn has 48" in text
+    assert set(pipeline.rglob("*")) == before
+
+
+def test_batch_larger_than_the_data(refused, tmp_path):
+    assert "batch size 65 is larger than the 64 images" in refused(run, *TRAIN, "-b", "65")
+    assert "asked for, the data set has 64" in refused(run, *TRAIN, "--num-train", "65")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_missing_and_broken_data(refused, tmp_path, monkeypatch):
+    assert "no images below" in refused(run, *TRAIN, "--dataset", f"folder:{tmp_path}")
+    (tmp_path / "cifar10.npz").write_bytes(b"PK broken")
+    assert "broken" in refused(run, *TRAIN, "-data", tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_diverging_training_stops_with_the_step(refused):
+    text = refused(run, *TRAIN, "--lr", "1e30")
+    assert re.search(r"the loss is (nan|inf) at step \d+ of 2 in epoch \d+", text)
+
+
+def test_no_permission_to_write(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "error: " in refused(run, *TRAIN, "--checkpoint-dir", tmp_path / "file" / "below")
+
+
+def test_help_lists_everything_and_scripts_run_from_anywhere(run_script):
+    for name in ("run.py", "steal.py", "linear_eval.py", "demo.py"):
+        code, out, err = run_script(name, "--help")
+        assert (code, err) == (0, "")
+    assert "--archstolen" in run_script("steal.py", "--help")[1]
