@@ -4,7 +4,9 @@
 
 The contestants take turns in one process, and the medians are compared. Then each operation of this project and of
 kornia is compared with the function of torchvision for one float image, at the same factors. kornia is not needed by
-the project: `pip install --no-deps --target DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run.
+the project: `pip install --no-deps --target DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run. Set
+OMP_NUM_THREADS=1 where others use the cores: threads that wait for a core held by another process make every
+contestant many times slower.
 """
 
 import argparse

@@ -10,14 +10,14 @@ import contextlib
 import io
 import socket
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -29,23 +29,28 @@ HELD_OUT = 1000  # test images that an attacker of the victim's own data set nev
 DOWNLOAD_TIMEOUT = 30  # seconds of silence after which a data host counts as unreachable
 
 
+@dataclass(frozen=True)
 class _Published:
     """A torchvision data set: its class, its folder below the data root, its arguments for each split."""
 
-    def __init__(self, constructor: Callable, folder: str, splits: Mapping[str, dict]):
-        self.constructor, self.folder, self.splits = constructor, folder, splits
+    class_name: str
+    folder: str
+    splits: Mapping[str, dict]
 
     def load(self, name: str, root: Path, split: str) -> tuple[Tensor, Tensor]:
+        import torchvision  # here, because it takes seconds and most runs read an npz file or make their data
+
         arguments = self.splits[split]
+        constructor = getattr(torchvision.datasets, self.class_name)
         for place in (root / self.folder, root):
             with contextlib.suppress(RuntimeError, OSError):
-                return _to_tensors(self.constructor(str(place), **arguments, download=False))
+                return _to_tensors(constructor(str(place), **arguments, download=False))
         place = root / self.folder
         patience = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            return _to_tensors(self.constructor(str(place), **arguments, download=True))
+            return _to_tensors(constructor(str(place), **arguments, download=True))
         except (RuntimeError, OSError) as error:
             with contextlib.suppress(OSError):
                 place.rmdir()  # only if the download left nothing there
@@ -65,16 +70,16 @@ def _train_test(argument: str = "train", values: tuple = (True, False)) -> dict[
 
 _NAMED = ("train", "test")
 DATASETS = {
-    "cifar10": _Published(torchvision.datasets.CIFAR10, "", _train_test()),
-    "cifar100": _Published(torchvision.datasets.CIFAR100, "", _train_test()),
-    "svhn": _Published(torchvision.datasets.SVHN, "SVHN", _train_test("split", _NAMED)),
+    "cifar10": _Published("CIFAR10", "", _train_test()),
+    "cifar100": _Published("CIFAR100", "", _train_test()),
+    "svhn": _Published("SVHN", "SVHN", _train_test("split", _NAMED)),
     "stl10": _Published(
-        torchvision.datasets.STL10,
+        "STL10",
         "",
         {**_train_test("split", _NAMED), "unlabeled": {"split": "unlabeled"}},
     ),
-    "mnist": _Published(torchvision.datasets.MNIST, "", _train_test()),
-    "fashionmnist": _Published(torchvision.datasets.FashionMNIST, "", _train_test()),
+    "mnist": _Published("MNIST", "", _train_test()),
+    "fashionmnist": _Published("FashionMNIST", "", _train_test()),
     "shapes": make_shapes,
     "textures": make_textures,
 }
@@ -237,7 +242,7 @@ def _load_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 def _image_files(folder: Path) -> tuple[list[Path], list[int]]:
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    endings = torchvision.datasets.folder.IMG_EXTENSIONS
+    endings = Image.registered_extensions()
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in endings)

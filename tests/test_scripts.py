@@ -182,7 +182,7 @@ def test_released_recipe_all_the_way(pipeline, call):
     assert code == 0
     assert "queries: 120, of distinct images: 40" in out
     judge = [*JUDGE, "--losstype", "mse", "--epochs", "3", *QUERIES, "--recipe", "released", "-n", "20"]
-    code, out, _ = call(linear_eval, *judge, "--dataset-test", "mnist", "--num-test", "24", folder=pipeline)
+    code, _, _ = call(linear_eval, *judge, "--dataset-test", "mnist", "--num-test", "24", folder=pipeline)
     assert code == 0
     row = json.loads((pipeline / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
     assert row["recipe"] == "released"
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_2022_is_stolen_from(call, tmp_path):
     encoder = build_encoder("resnet10w32", out_dim=128)
     path = tmp_path / "cifar10_checkpoint_200_infonce.pth.tar"
     torch.save({"epoch": 200, "arch": "resnet34", "state_dict": encoder.state_dict(), "optimizer": {}}, path)
-    code, out, err = call(steal, *STEAL, "--victim", path, "--epochs", "1", "--losstype", "mse", *QUERIES)
+    code, _, err = call(steal, *STEAL, "--victim", path, "--epochs", "1", "--losstype", "mse", *QUERIES)
     assert code == 0, err
     copy = next((tmp_path / "checkpoints").rglob("checkpoint.pth.tar"))
     assert copy.parent.parent.name.startswith("cifar10_checkpoint_200_infonce-")
@@ -403,6 +403,6 @@ def test_no_permission_to_write(refused, tmp_path):
 
 def test_help_lists_everything_and_scripts_run_from_anywhere(run_script):
     for name in ("run.py", "steal.py", "linear_eval.py", "demo.py"):
-        code, out, err = run_script(name, "--help")
+        code, _, err = run_script(name, "--help")
         assert (code, err) == (0, "")
     assert "--archstolen" in run_script("steal.py", "--help")[1]

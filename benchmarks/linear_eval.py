@@ -1,0 +1,81 @@
+"""The project's linear evaluation against the classic one: seconds for 100 epochs and the ratio.
+
+python -m benchmarks.linear_eval [--arch resnet18] [--images 1000] [--classic-epochs 1] [--rounds 3]
+
+Classic: the whole backbone's forward pass in every epoch, float32, NCHW; its epochs are timed and multiplied up to 100,
+because they are all alike. Ours: representations once, then the 100 epochs of the linear layer, all of it timed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import alternate, machine
+from data_aug.datasets import load_dataset
+from evaluation import linear_probe, represent
+from models import build_encoder
+from options import Parser
+from utils import Precision, choose_device
+
+EPOCHS = 100
+
+
+def classic_epochs(encoder: nn.Module, images: Tensor, labels: Tensor, test_images: Tensor, epochs: int):
+    """A function that trains and tests a linear layer for so many epochs the classic way."""
+    layer = nn.Linear(encoder.dim, 10).to(images.device)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-4, weight_decay=8e-4)
+
+    def run() -> None:
+        for _ in range(epochs):
+            for batch, truth in zip(images.split(256), labels.split(256), strict=True):
+                with torch.no_grad():
+                    h = encoder(batch / 255)
+                loss = F.cross_entropy(layer(h), truth)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                for batch in test_images.split(256):
+                    layer(encoder(batch / 255))
+
+    return run
+
+
+def main() -> None:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="resnet18", help="architecture")
+    parser.add_argument("--images", type=int, default=1000, help="training images; a fifth as many test images")
+    parser.add_argument("--classic-epochs", type=int, default=1, help="epochs of the classic way that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each, in turn")
+    args = parser.parse_args()
+    device = choose_device()
+    precision = Precision.choose("auto", device)
+    (images, labels), (test_images, test_labels) = (
+        (x[:n].to(device), y[:n].to(device))
+        for (x, y), n in (
+            (load_dataset("shapes", split="train"), args.images),
+            (load_dataset("shapes", split="test"), args.images // 5),
+        )
+    )
+    encoder = build_encoder(args.arch).eval().to(device)
+    plain = build_encoder(args.arch).eval().to(device)
+    encoder.to(memory_format=precision.memory_format)
+
+    def ours() -> None:
+        train = represent(encoder, images, precision), labels
+        linear_probe(train, (represent(encoder, test_images, precision), test_labels), epochs=EPOCHS)
+
+    seconds = alternate(
+        args.rounds, classic=classic_epochs(plain, images, labels, test_images, args.classic_epochs), ours=ours
+    )
+    classic = seconds["classic"] * EPOCHS / args.classic_epochs
+    print(f"{machine()}, precision auto = {precision.name}, {args.arch}, {len(images)} + {len(test_images)} images")
+    print(
+        f"classic {classic:.1f} s ({args.classic_epochs} of {EPOCHS} epochs timed), ours {seconds['ours']:.2f} s, ",
+        end="",
+    )
+    print(f"ratio {classic / seconds['ours']:.0f}")
+
+
+if __name__ == "__main__":
+    main()

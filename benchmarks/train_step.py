@@ -1,0 +1,112 @@
+"""The project's training step against the classic one: images per second and the ratio.
+
+python -m benchmarks.train_step [--archs resnet18 resnet34] [--batch-size 256] [--steps 2] [--rounds 3]
+
+Classic: PIL transforms image by image in 2 worker processes, float32, NCHW, Adam. Ours: `SimCLR.train`, with the
+precision that --precision auto takes on this machine. Both train on two views of the same images.
+"""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from benchmarks import alternate, machine
+from data_aug.datasets import load_dataset
+from loss import nt_xent
+from models import build_encoder
+from options import Parser
+from simclr import SimCLR, Training
+from utils import Precision, Run, choose_device
+
+
+class TwoViews(Dataset):
+    """Two random views of each image, made the classic way."""
+
+    def __init__(self, images: Tensor):
+        self.images = images.permute(0, 2, 3, 1).numpy()
+        self.view = transforms.Compose(
+            [
+                transforms.ToPILImage(),
+                transforms.RandomResizedCrop(32),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                transforms.GaussianBlur(3, sigma=(0.1, 2.0)),
+                transforms.ToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.view(self.images[index]), self.view(self.images[index])
+
+
+def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.device):
+    """A function that trains one epoch the classic way."""
+    model = build_encoder(arch, out_dim=128).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, weight_decay=1e-4)
+    # Workers that stay, as a long training has them: their start is not part of a step.
+    loader = DataLoader(
+        TwoViews(images), batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+
+    def epoch() -> None:
+        model.train()
+        for views in loader:
+            loss = nt_xent(model.project(torch.cat(views).to(device)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return epoch
+
+
+def our_training(arch: str, images: Tensor, batch_size: int, device: torch.device, folder: Path):
+    """A function that trains one more epoch with the project's trainer."""
+    training = Training(losstype="infonce", epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4)
+    model = build_encoder(arch, out_dim=128)
+    trainer = SimCLR(model, training, Run(folder / arch), Precision.choose("auto", device))
+
+    def epoch() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train(images)
+
+    return epoch
+
+
+def main() -> None:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet34"], help="architectures")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
+    steps = 50 if torch.cuda.is_available() else 2
+    parser.add_argument("--steps", type=int, default=steps, help="steps in one timing")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each, in turn")
+    args = parser.parse_args()
+    device = choose_device()
+    images, _ = load_dataset("shapes")
+    images = images[: args.batch_size * args.steps]
+    print(f"{machine()}, precision auto = {Precision.choose('auto', device).name}, batch {args.batch_size}")
+    print("| network | classic, images/s | ours, images/s | ratio |\n|---|---|---|---|")
+    for arch in args.archs:
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = alternate(
+                args.rounds,
+                classic=classic_training(arch, images, args.batch_size, device),
+                ours=our_training(arch, images, args.batch_size, device, Path(folder)),
+            )
+        speed = {name: len(images) / value for name, value in seconds.items()}
+        ratio = speed["ours"] / speed["classic"]
+        print(f"| {arch} | {speed['classic']:.1f} | {speed['ours']:.1f} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
