@@ -21,8 +21,8 @@ from victim import Victim, ask_once, image_digests
 # The loss of the images at `index` (B,), random views drawn from the generator.
 BatchLoss = Callable[[Tensor, torch.Generator], Tensor]
 
-# Reading the loss off a GPU makes it wait, so there it is looked at once in so many steps.
-STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
+# Reading the loss off a GPU makes it wait, so there it is looked at once in so many steps; on a CPU in each.
+STEPS_BETWEEN_LOOKS = 50
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class _LossWatch:
 
     def __init__(self, run: Run, epoch: int, steps: int, log_every: int, device: torch.device):
         self.run, self.epoch, self.steps, self.log_every = run, epoch, steps, log_every
-        self.interval = STEPS_BETWEEN_LOOKS[device.type]
+        self.interval = 1 if device.type == "cpu" else STEPS_BETWEEN_LOOKS
         self.pending: list[Tensor] = []
         self.seen: list[float] = []
 

@@ -23,13 +23,12 @@ _CLASSES = 10
 _BLOCK = 250  # images with one random stream: a multiple of the ten classes, small enough for the processor's cache
 # How hard the shapes are. What random features read most easily, and what SimCLR's views discard (contrast, colour,
 # shading, size), varies much; what marks all crops of one image but is not its class varies little.
-RADIUS = (3.8, 7.0)  # of a motif, pixels
+RADIUS = (3.8, 7.2)  # of a motif, pixels
 THICKENING = 0.04  # of a motif's outline, at most, in radii
-SHAPE_CONTRAST = (0.16, 0.7)  # luminance between shape and background
+SHAPE_CONTRAST = (0.18, 0.7)  # luminance between shape and background
 SHAPE_CHROMA = 0.15
-CLOUDS = 0.15  # amplitude of the coloured clouds, at most
-SHADE = 0.2  # change of brightness across the image, at most
-GRAIN = 0.05  # amplitude of the pixel noise, at most
+CLOUDS = 0.12  # amplitude of the coloured clouds, at most
+SHADE = 0.3  # change of brightness across the image, at most
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
@@ -173,7 +172,6 @@ def _draw_shapes(rng: np.random.Generator, labels: Array) -> Array:
         images += tint * _noise(rng, n, cells)[:, None]
     direction, _ = _plane(rng, n)
     images *= (1 + _uniform(rng, n, 0, SHADE) * direction / (SIZE * 0.7))[:, None]
-    images += GRAIN * _uniform(rng, n, 0, 1)[:, None] * (rng.random((n, 1, SIZE, SIZE)) - 0.5)
     return images
 
 
