@@ -18,17 +18,15 @@ TEXTURE_CLASSES = (
 )  # fmt: skip
 
 SIZE = 32  # pixels per side
-SPLITS = {"train": 20_000, "test": 4_000}
+SPLITS = {"train": 6_000, "test": 4_000}
 _CLASSES = 10
 _BLOCK = 250  # images with one random stream: a multiple of the ten classes, small enough for the processor's cache
 # How hard the shapes are. What random features read most easily, and what SimCLR's views discard (contrast, colour,
-# shading, size), varies much; what marks all crops of one image but is not its class varies little.
-RADIUS = (3.8, 7.2)  # of a motif, pixels
-THICKENING = 0.04  # of a motif's outline, at most, in radii
-SHAPE_CONTRAST = (0.18, 0.7)  # luminance between shape and background
+# size), varies much; what marks all crops of one image but is not its class varies little.
+RADIUS = (4.0, 7.0)  # of a motif, pixels
+SHAPE_CONTRAST = (0.2, 0.7)  # luminance between shape and background
 SHAPE_CHROMA = 0.15
-CLOUDS = 0.12  # amplitude of the coloured clouds, at most
-SHADE = 0.3  # change of brightness across the image, at most
+CLOUDS = 0.15  # amplitude of the coloured clouds, at most
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
@@ -37,7 +35,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.65
+    return np.hypot(x, y) - 0.8
 
 
 def _triangle(x: Array, y: Array) -> Array:
@@ -45,44 +43,44 @@ def _triangle(x: Array, y: Array) -> Array:
 
 
 def _square(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.57
+    return np.maximum(np.abs(x), np.abs(y)) - 0.7
 
 
 def _star(x: Array, y: Array) -> Array:
-    # Fold the plane into one tenth; there the outline is the line from a tip (radius 1) to a notch (radius 0.45).
+    # Fold the plane into one tenth; there the outline is the line from a tip (radius 1) to a notch (radius 0.4).
     sector = np.pi / 5
     radius, angle = np.hypot(x, y), np.abs((np.arctan2(y, x) + sector) % (2 * sector) - sector)
-    notch_x, notch_y = 0.45 * np.cos(sector), 0.45 * np.sin(sector)
+    notch_x, notch_y = 0.4 * np.cos(sector), 0.4 * np.sin(sector)
     length = np.hypot(1 - notch_x, notch_y)
     along_x, along_y = radius * np.cos(angle), radius * np.sin(angle)
     return ((along_x - 1) * notch_y + along_y * (1 - notch_x)) / length
 
 
 def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.65) - 0.16
+    return np.abs(np.hypot(x, y) - 0.72) - 0.2
 
 
 def _cross(x: Array, y: Array) -> Array:
     x, y = np.abs(x), np.abs(y)
-    return np.maximum(np.maximum(x, y) - 0.92, np.minimum(x, y) - 0.2)
+    return np.maximum(np.maximum(x, y) - 0.92, np.minimum(x, y) - 0.25)
 
 
 def _half_disc(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y + 0.4) - 0.9, -0.4 - y)
+    return np.maximum(np.hypot(x, y + 0.4) - 0.95, -0.4 - y)
 
 
 def _arc(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.67) - 0.27, -0.35 - y)
+    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.8) - 0.2, -0.35 - y)
 
 
 def _bars(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.abs(x) - 0.43) - 0.22, np.abs(y) - 0.75)
+    return np.maximum(np.abs(np.abs(x) - 0.45) - 0.2, np.abs(y) - 0.8)
 
 
 def _dots(x: Array, y: Array) -> Array:
     # Three dots at the corners of a triangle.
     angles = np.pi * np.array([1, 5, 9]) / 6
-    return np.minimum.reduce([np.hypot(x - 0.6 * np.cos(a), y - 0.6 * np.sin(a)) for a in angles]) - 0.36
+    return np.minimum.reduce([np.hypot(x - 0.6 * np.cos(a), y - 0.6 * np.sin(a)) for a in angles]) - 0.33
 
 
 _SHAPES = (_disc, _triangle, _square, _star, _ring, _cross, _half_disc, _arc, _bars, _dots)
@@ -156,11 +154,10 @@ def _shape_masks(rng: np.random.Generator, labels: Array) -> Array:
     turn, turn_by_column, turn_by_row = (_uniform(rng, n, 0, 2 * np.pi) for _ in range(3))
     x, y = ((z - cell - 0.5) * period / radius for z, cell in ((x, column), (y, row)))
     x, y = _rotate(x, y, turn + column * turn_by_column + row * turn_by_row)
-    # Thicker or thinner motifs: the area covered is not to give the class away.
-    distance = _uniform(rng, n, -THICKENING, THICKENING) + np.zeros_like(x)
+    distance = np.empty_like(x)
     for label, shape in enumerate(_SHAPES):
         chosen = labels == label
-        distance[chosen] += shape(x[chosen], y[chosen])
+        distance[chosen] = shape(x[chosen], y[chosen])
     return np.clip(0.5 - distance * radius, 0, 1)  # an edge one pixel wide: anti-aliased
 
 
@@ -170,8 +167,6 @@ def _draw_shapes(rng: np.random.Generator, labels: Array) -> Array:
     for cells in (4, 12):  # tinted clouds over shape and background
         tint = (rng.random((n, 3, 1, 1)) - 0.5) * _uniform(rng, n, 0, CLOUDS)[:, None]
         images += tint * _noise(rng, n, cells)[:, None]
-    direction, _ = _plane(rng, n)
-    images *= (1 + _uniform(rng, n, 0, SHADE) * direction / (SIZE * 0.7))[:, None]
     return images
 
 
@@ -281,7 +276,7 @@ def _make(
 def make_shapes(split: str = "train", n: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Ten classes of drawn shapes (`SHAPE_CLASSES`) in random colours, sizes, places and directions.
 
-    Returns images, uint8 (n, 3, 32, 32), and labels, int64 (n,). `n` defaults to 20,000 for "train" and 4,000 for
+    Returns images, uint8 (n, 3, 32, 32), and labels, int64 (n,). `n` defaults to 6,000 for "train" and 4,000 for
     "test"; the first images of a larger request are those of a smaller one. Classes are equally frequent in every
     ten successive images, in random order. The same arguments give the same images; the global random states are
     neither read nor changed.
