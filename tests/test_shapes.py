@@ -52,10 +52,10 @@ def test_kind_shape_and_range(make):
 def test_default_sizes_balance_and_disjoint_splits():
     train, train_labels = make_shapes("train")
     test, test_labels = make_shapes("test")
-    assert train_labels.bincount().tolist() == [2000] * 10
+    assert train_labels.bincount().tolist() == [600] * 10
     assert test_labels.bincount().tolist() == [400] * 10
     digests = _digests(train) | _digests(test)
-    assert len(digests) == len(train) + len(test) == 24_000
+    assert len(digests) == len(train) + len(test) == 10_000
 
 
 @MAKERS
