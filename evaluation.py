@@ -154,7 +154,7 @@ def _minimise(features: Tensor, labels: Tensor, spread: Tensor, start: Tensor, s
         (start / unit).flatten().double().cpu().numpy(),
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": 500, "gtol": 1e-5, "ftol": 1e-8},
+        options={"maxiter": 500, "gtol": 1e-5, "ftol": 1e-7},
     )
     return torch.from_numpy(found.x).to(features).view_as(start) * unit
 
