@@ -215,8 +215,8 @@ def find_run(root: Path, kind: str, wanted: Mapping[str, object], preferred: Map
     """
     runs = {}
     for config in sorted(root.rglob("config.yml")):
-        content = yaml.safe_load(config.read_text())
-        if content["kind"] == kind and (config.parent / "checkpoint.pth.tar").exists():
+        content = _read_config(config)
+        if content.get("kind") == kind and (config.parent / "checkpoint.pth.tar").exists():
             runs[config.parent / "checkpoint.pth.tar"] = content["settings"]
     matching = {
         path: settings
@@ -233,6 +233,15 @@ def find_run(root: Path, kind: str, wanted: Mapping[str, object], preferred: Map
     if len(matching) > 1:
         raise UserError(f"several {kind} encoders with {asked}: {', '.join(map(str, matching))}; give --{kind} PATH")
     return next(iter(matching))
+
+
+def _read_config(path: Path) -> dict:
+    """A run's config.yml; empty for a file of that name that is something else."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def check_finished(checkpoint: Mapping, path: Path) -> None:

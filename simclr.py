@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from data_aug.augment import random_views
 from torch import Tensor
 from tqdm import tqdm
 
+from data_aug.augment import random_views
 from data_aug.datasets import to_float
 from loss import STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint

@@ -142,7 +142,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def save_checkpoint(content: Mapping, path: Path) -> None:
     """Write a checkpoint of tensors and plain types, atomically."""
     with atomic_path(path) as temporary:
-        torch.save(dict(content), temporary)
+        try:
+            torch.save(dict(content), temporary)
+        except RuntimeError as error:  # torch's writer reports a full disk so
+            raise UserError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from None
 
 
 def provenance(device: torch.device, precision: Precision) -> dict[str, str]:

@@ -351,6 +351,14 @@ def test_missing_victim_lists_what_is_there(pipeline, refused):
     assert COPY in text
 
 
+def test_foreign_config_files_are_passed_over(call, tmp_path):
+    assert call(run, *TRAIN)[0] == 0
+    for name, text in (("a", "x: [1"), ("b", "- 1"), ("c", "")):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "config.yml").write_text(text)
+    assert call(steal, *STEAL, "--losstype", "mse", "--epochs", "1", *QUERIES)[0] == 0
+
+
 def test_several_copies_that_match_are_listed(pipeline, call, refused):
     for views in ("1", "2"):
         call(steal, *STEAL, "--epochs", "1", "--losstype", "softce", *QUERIES, "--n-views", views, folder=pipeline)

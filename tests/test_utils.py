@@ -8,7 +8,18 @@ import pytest
 import torch
 import yaml
 
-from utils import Precision, Run, UserError, atomic_path, choose_device, derive_seed, generator, script, seeded
+from utils import (
+    Precision,
+    Run,
+    UserError,
+    atomic_path,
+    choose_device,
+    derive_seed,
+    generator,
+    save_checkpoint,
+    script,
+    seeded,
+)
 
 
 def test_seeds_differ_by_every_argument():
@@ -76,6 +87,21 @@ def test_atomic_file_is_whole_or_absent(tmp_path):
         path.write_text("new")
     assert target.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_full_disk_is_a_user_error_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth.tar"
+    save_checkpoint({"epoch": 1}, path)
+
+    def no_room(content, file):
+        file.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", no_room)
+    with pytest.raises(UserError, match="is the disk full"):
+        save_checkpoint({"epoch": 2}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
 
 
 def test_run_folder_has_everything(tmp_path):
