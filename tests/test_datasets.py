@@ -53,7 +53,7 @@ def error(*args, **kwargs):
 
 @pytest.mark.parametrize("name", ["shapes", "textures"])
 def test_embedded_sets_come_in_the_common_form(name):
-    for split, number in (("train", 20000), ("test", 4000)):
+    for split, number in (("train", 6000), ("test", 4000)):
         images, labels = load_dataset(name, split=split)
         assert images.shape == (number, 3, 32, 32)
         assert images.dtype == torch.uint8
