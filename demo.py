@@ -23,13 +23,14 @@ from utils import UserError, atomic_path, script
 
 HERE = Path(__file__).resolve().parent
 ARCH = "resnet10w32"
-QUERIES = 3000
+QUERIES = 1500
 LOSSES = ("mse", "infonce")
 # Everyone is judged on the images that no attacker of this victim may query.
-JUDGE = f"--dataset shapes --dataset-test shapes --arch {ARCH} --num-labeled 2000 --num-test 1000"
-TRAIN = f"--dataset shapes --arch {ARCH} --num-train 4000 --epochs 3 --flat-epochs 1 --batch-size 128 --lr 0.002"
-STEAL = f"--dataset shapes --datasetsteal shapes --num_queries {QUERIES} --epochs 3 --flat-epochs 1 --batch-size 64"
-STEAL += f" --arch {ARCH} --archstolen {ARCH} --epochstrain 3 --lr 0.002"
+JUDGE = f"--dataset shapes --dataset-test shapes --arch {ARCH} --num-labeled 1000 --num-test 1000"
+TRAIN = f"--dataset shapes --arch {ARCH} --num-train 4000 --epochs 4 --flat-epochs 1 --batch-size 128 --lr 0.002"
+VICTIM = f"--dataset shapes --arch {ARCH} --epochstrain 4"
+COPY = f"--datasetsteal shapes --num_queries {QUERIES} --epochs 3"
+STEAL = f"{VICTIM} --archstolen {ARCH} {COPY} --flat-epochs 1 --batch-size 32 --lr 0.002"
 
 
 def call(root: Path, script_name: str, arguments: str) -> float:
@@ -48,11 +49,10 @@ def run_everything(root: Path) -> list[dict]:
     for loss in LOSSES:
         made[f"copy, {loss}"] = call(root, "steal.py", f"{STEAL} --losstype {loss}")
     made["random encoder"] = 0.0
-    types = {"victim": "--modeltype victim --epochstrain 3", "random encoder": "--modeltype random"}
     for name in made:
-        loss = name.removeprefix("copy, ")
-        copy = f"--modeltype stolen --datasetsteal shapes --losstype {loss} --num_queries {QUERIES} --epochs 3"
-        call(root, "linear_eval.py", f"{JUDGE} {types.get(name, copy)}")
+        which = {"victim": "--modeltype victim --epochstrain 4", "random encoder": "--modeltype random"}
+        copy = f"--modeltype stolen {COPY} --losstype {name.removeprefix('copy, ')}"
+        call(root, "linear_eval.py", f"{JUDGE} {which.get(name, copy)}")
     results = [json.loads(line) for line in (root / "results.jsonl").read_text().splitlines()]
     return [{"name": name, **row, "made_in": made[name]} for name, row in zip(made, results, strict=True)]
 

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.optimize
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,22 +139,27 @@ def _minimise(features: Tensor, labels: Tensor, spread: Tensor, start: Tensor, s
     """
     unit = torch.cat([(0.1 * spread.clamp_min(0) + strength).rsqrt(), spread.new_ones(1)])
 
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        scaled = torch.from_numpy(flat).to(features).view_as(start).requires_grad_()
+    scaled = (start / unit).requires_grad_()
+    # torch's own L-BFGS: scipy's brings a second pool of threads, which on few cores stands in the way of torch's.
+    optimizer = torch.optim.LBFGS(
+        [scaled],
+        max_iter=500,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
         solution = scaled * unit
         loss = F.cross_entropy(_affine(features, solution), labels)
         loss = loss + strength / 2 * solution[:, :-1].square().sum()
-        (gradient,) = torch.autograd.grad(loss, scaled)
-        return loss.item(), gradient.flatten().double().cpu().numpy()
+        loss.backward()
+        return loss
 
-    found = scipy.optimize.minimize(
-        objective,
-        (start / unit).flatten().double().cpu().numpy(),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 500, "gtol": 1e-5, "ftol": 1e-7},
-    )
-    return torch.from_numpy(found.x).to(features).view_as(start) * unit
+    optimizer.step(objective)
+    return scaled.detach() * unit
 
 
 def knn_accuracy(

@@ -16,6 +16,7 @@ from data_aug.datasets import (
     to_float,
     unlabelled_split,
 )
+from tests.conftest import ROOT
 from utils import UserError
 
 
@@ -241,3 +242,13 @@ def test_channel_statistics_are_mean_and_deviation(images):
 def test_to_float(images):
     assert torch.equal(to_float(images), images.float() / 255)
     assert to_float(torch.ones(1)).eq(1).all()
+
+
+@pytest.mark.skipif(not (ROOT / "datasets" / "cifar10.npz").exists(), reason="no datasets/cifar10.npz here")
+def test_real_cifar10():
+    images, labels = load_dataset("cifar10", ROOT / "datasets")
+    assert len(images) in (50000, 8068)  # all of it, or the bit-exact part that is to be had
+    assert labels.bincount().tolist() == pytest.approx([len(labels) / 10] * 10, rel=0.05)
+    mean, std = channel_statistics(images)
+    assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.005)
+    assert std == pytest.approx([0.2470, 0.2435, 0.2616], abs=0.005)
