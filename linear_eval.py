@@ -5,20 +5,23 @@ python linear_eval.py --dataset cifar10 --datasetsteal svhn --dataset-test stl10
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
+
+from torch import Tensor
 
 import options
 from data_aug.datasets import HELD_OUT, load_dataset, take_balanced
 from evaluation import count_queried, evaluate, released_probe
 from loss import STEAL_LOSSES, TRAIN_LOSSES
-from models import build_encoder, read_checkpoint
+from models import SimCLREncoder, build_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
-from utils import Run, UserError, save_checkpoint, script, seeded
+from utils import Precision, Run, UserError, save_checkpoint, script, seeded
 
 LOSSES = list(dict.fromkeys([*STEAL_LOSSES, *TRAIN_LOSSES]))
 
 
-def parse() -> tuple[options.Parser, options.argparse.Namespace]:
+def parse() -> tuple[options.Parser, Namespace]:
     parser = options.Parser(__doc__.splitlines()[0])
     options.add_data_options(
         parser,
@@ -52,7 +55,7 @@ def parse() -> tuple[options.Parser, options.argparse.Namespace]:
     return parser, args
 
 
-def find(args: options.argparse.Namespace) -> Path:
+def find(args: Namespace) -> Path:
     """The checkpoint to judge."""
     preferred = {"seed": args.seed, "recipe": args.recipe}
     wanted = {"dataset": args.dataset, "arch": args.arch, "losstype": args.losstype}
@@ -66,8 +69,12 @@ def find(args: options.argparse.Namespace) -> Path:
     return args.stolen or options.find_run(args.checkpoint_dir, "stolen", wanted, preferred)
 
 
-def load_test(args: options.argparse.Namespace, checkpoint: dict):
-    """Test images and labels: all, but the last 1,000 where the others may have been queried, or as asked for."""
+def load_test(args: Namespace, checkpoint: dict) -> tuple[Tensor, Tensor, int]:
+    """Test images, their labels, and how many of them were queried.
+
+    All are taken, but the last 1,000 only where the others may have been queried, or as many as asked for. UserError
+    when images were queried that needn't have been.
+    """
     images, labels = load_dataset(args.dataset_test, args.data, "test")
     queried = checkpoint.get("query_set", {})
     number = args.num_test or len(images)
@@ -84,26 +91,54 @@ def load_test(args: options.argparse.Namespace, checkpoint: dict):
     return images, labels, common
 
 
+def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
+    """The encoder to judge, with its file and what that holds; none for a random one."""
+    if args.modeltype == "random":
+        with seeded(args.seed):
+            return None, {}, build_encoder(args.arch)
+    path = find(args)
+    checkpoint = read_checkpoint(path)
+    options.check_finished(checkpoint, path)
+    return path, checkpoint, encoder_from_checkpoint(checkpoint, str(path), args.arch)
+
+
+def load_train(args: Namespace) -> tuple[Tensor, Tensor]:
+    """Labelled images of the downstream data set, as many as asked for."""
+    images, labels = load_dataset(args.dataset_test, args.data, "train")
+    if args.num_labeled >= len(labels):
+        return images, labels
+    chosen = take_balanced(labels, args.num_labeled, args.seed)
+    return images[chosen], labels[chosen]
+
+
+def judge(
+    args: Namespace, encoder: SimCLREncoder, train: tuple, test: tuple, precision: Precision, run: Run
+) -> tuple[dict, dict]:
+    """Scores, and the state_dict of the linear layer, with --save that of the encoder before it too."""
+
+    def each_epoch(epoch: int, scores: dict[str, float]) -> None:
+        run.record(epoch + 1, {"epoch": epoch, **scores})
+
+    options_of_both = {"batch_size": args.batch_size, "seed": args.seed, "each_epoch": each_epoch}
+    if args.recipe == "released":
+        return released_probe(encoder, train, test, args.lr, precision, **options_of_both), {}
+    scores, probe = evaluate(encoder, train, test, args.lr, precision, **options_of_both)
+    state = {"fc.weight": probe.weight.cpu(), "fc.bias": probe.bias.cpu()}
+    if args.save:
+        backbone = encoder.state_dict().items()
+        state |= {k.removeprefix("backbone."): v.cpu() for k, v in backbone if not k.startswith("backbone.fc.")}
+    return scores, state
+
+
 @script
 def main() -> None:
+    started = time.perf_counter()
     parser, args = parse()
     device, precision = options.set_up(args)
-    started = time.perf_counter()
-    if args.modeltype == "random":
-        path, checkpoint = None, {}
-        with seeded(args.seed):
-            encoder = build_encoder(args.arch)
-    else:
-        path = find(args)
-        checkpoint = read_checkpoint(path)
-        options.check_finished(checkpoint, path)
-        encoder = encoder_from_checkpoint(checkpoint, str(path), args.arch)
+    path, checkpoint, encoder = choose(args)
     encoder = encoder.to(device, memory_format=precision.memory_format)
-    train_images, train_labels = load_dataset(args.dataset_test, args.data, "train")
-    if args.num_labeled < len(train_labels):
-        chosen = take_balanced(train_labels, args.num_labeled, args.seed)
-        train_images, train_labels = train_images[chosen], train_labels[chosen]
-    test_images, test_labels, common = load_test(args, checkpoint)
+    train = load_train(args)
+    *test, queried = load_test(args, checkpoint)
 
     home = options.home_of(path, args.checkpoint_dir) if path else args.checkpoint_dir / f"random-{args.arch}"
     core = {"dataset_test": "{value}", "seed": "seed{value}"}
@@ -124,35 +159,21 @@ def main() -> None:
         return
     config = options.configuration("linear", args, device, precision)
     run.start(config, args.clear)
-    run.say(f"{args.modeltype}: {path or args.arch}, {len(train_labels)} labelled images, {device}, {precision.name}")
+    run.say(f"{args.modeltype}: {path or args.arch}, {len(train[1])} labelled images, {device}, {precision.name}")
+    scores, state = judge(args, encoder, train, test, precision, run)
 
-    def each_epoch(epoch: int, scores: dict[str, float]) -> None:
-        run.record(epoch + 1, {"epoch": epoch, **scores})
-
-    state = {}
-    train, test = (train_images, train_labels), (test_images, test_labels)
-    if args.recipe == "released":
-        scores = released_probe(
-            encoder, train, test, args.lr, precision, batch_size=args.batch_size, seed=args.seed, each_epoch=each_epoch
-        )
-    else:
-        scores, probe = evaluate(encoder, train, test, args.lr, precision, args.batch_size, args.seed, each_epoch)
-        state = {"fc.weight": probe.weight.cpu(), "fc.bias": probe.bias.cpu()}
-        if args.save:
-            backbone = encoder.state_dict().items()
-            state |= {k.removeprefix("backbone."): v.cpu() for k, v in backbone if not k.startswith("backbone.fc.")}
-    ledger = checkpoint.get("ledger", {})
+    ledger = checkpoint.get("ledger", {}).values()
     row = {
         "model": args.modeltype,
         "arch": encoder.arch,
-        "losstype": args.losstype if path else None,
+        "losstype": checkpoint.get("settings", {}).get("losstype", args.losstype) if path else None,
         "downstream": args.dataset_test,
         **{name: round(value, 6 if name == "strength" else 2) for name, value in scores.items()},
-        "train_images": len(train_labels),
-        "test_images": len(test_labels),
-        "test_images_queried": common,
-        "queries": sum(account["queries"] for account in ledger.values()),
-        "distinct": sum(len(account["images"]) // 16 for account in ledger.values()),
+        "train_images": len(train[1]),
+        "test_images": len(test[1]),
+        "test_images_queried": queried,
+        "queries": sum(account["queries"] for account in ledger),
+        "distinct": sum(len(account["images"]) // 16 for account in ledger),
         "seed": args.seed,
         "seconds": round(time.perf_counter() - started, 1),
         "recipe": args.recipe,

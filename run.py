@@ -3,6 +3,8 @@
 python run.py -data ./datasets --dataset cifar10 --epochs 200 --arch resnet34
 """
 
+from argparse import Namespace
+
 import options
 from data_aug.datasets import channel_statistics, load_dataset, take_balanced, unlabelled_split
 from loss import TRAIN_LOSSES
@@ -11,7 +13,7 @@ from simclr import SimCLR
 from utils import Run, UserError, script, seeded
 
 
-def parse() -> tuple[options.Parser, options.argparse.Namespace]:
+def parse() -> tuple[options.Parser, Namespace]:
     parser = options.Parser(__doc__.splitlines()[0])
     options.add_data_options(parser, dataset="data set that the victim is trained on")
     parser.add_argument("--num-train", metavar="N", type=options.count, help="a class-balanced subset of N images")

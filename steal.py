@@ -3,6 +3,7 @@
 python steal.py -data ./datasets --dataset cifar10 --datasetsteal svhn --arch resnet34 --losstype mse --num_queries 9000
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import options
@@ -15,7 +16,7 @@ from utils import Run, UserError, script, seeded
 from victim import Victim
 
 
-def parse() -> tuple[options.Parser, options.argparse.Namespace]:
+def parse() -> tuple[options.Parser, Namespace]:
     parser = options.Parser(__doc__.splitlines()[0])
     options.add_data_options(
         parser, dataset="data set that the victim was trained on", datasetsteal="data set that the queries are from"
