@@ -26,7 +26,7 @@ ARCH = "resnet10w32"
 QUERIES = 1500
 LOSSES = ("mse", "infonce")
 # Everyone is judged on the images that no attacker of this victim may query.
-JUDGE = f"--dataset shapes --dataset-test shapes --arch {ARCH} --num-labeled 1000 --num-test 1000"
+JUDGE = f"--dataset-test shapes --arch {ARCH} --num-labeled 1000 --num-test 1000"
 TRAIN = f"--dataset shapes --arch {ARCH} --num-train 4000 --epochs 4 --flat-epochs 1 --batch-size 128 --lr 0.002"
 VICTIM = f"--dataset shapes --arch {ARCH} --epochstrain 4"
 COPY = f"--datasetsteal shapes --num_queries {QUERIES} --epochs 3"
@@ -50,8 +50,11 @@ def run_everything(root: Path) -> list[dict]:
         made[f"copy, {loss}"] = call(root, "steal.py", f"{STEAL} --losstype {loss}")
     made["random encoder"] = 0.0
     for name in made:
-        which = {"victim": "--modeltype victim --epochstrain 4", "random encoder": "--modeltype random"}
-        copy = f"--modeltype stolen {COPY} --losstype {name.removeprefix('copy, ')}"
+        which = {
+            "victim": "--modeltype victim --dataset shapes --epochstrain 4",
+            "random encoder": "--modeltype random",
+        }
+        copy = f"--modeltype stolen --dataset shapes {COPY} --losstype {name.removeprefix('copy, ')}"
         call(root, "linear_eval.py", f"{JUDGE} {which.get(name, copy)}")
     results = [json.loads(line) for line in (root / "results.jsonl").read_text().splitlines()]
     return [{"name": name, **row, "made_in": made[name]} for name, row in zip(made, results, strict=True)]

@@ -1,20 +1,28 @@
-"""How good an encoder is: linear evaluation by two protocols, and nearest neighbours, all on frozen representations."""
+"""How good an encoder is, by probes on frozen representations, and how close a copy is to its victim."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_aug.datasets import to_float
-from utils import Precision, generator, seeded
+from data_aug.datasets import HELD_OUT, load_dataset, to_float
+from models import SimCLREncoder
+from probes import (
+    EachEpoch,
+    Labelled,
+    Probe,
+    classes_of,
+    knn_accuracy,
+    linear_probe,
+    logistic_regression,
+    top1_top5,
+)
+from utils import Precision, UserError, seeded
 from victim import image_digests
-
-# Strengths of the L2 penalty that `logistic_regression` chooses from, strongest first.
-STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @contextmanager
@@ -30,8 +38,17 @@ def frozen(encoder: nn.Module) -> Iterator[None]:
             raise RuntimeError(f"evaluation changed the encoder: {key}")
 
 
-def represent(encoder: nn.Module, images: Tensor, precision: Precision | None = None, batch_size: int = 1000) -> Tensor:
-    """Representations (N, D), float32, of uint8 or float images (N, 3, H, W), by the frozen encoder on its device."""
+def represent(
+    encoder: nn.Module,
+    images: Tensor,
+    precision: Precision | None = None,
+    batch_size: int = 1000,
+    output: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Representations (N, D), float32, of uint8 or float images (N, 3, H, W), by the frozen encoder on its device.
+
+    `output` is a method of the encoder to call instead, such as `encoder.project`.
+    """
     device = next(encoder.parameters()).device
     precision = precision or Precision("fp32", device)
     parts = []
@@ -39,153 +56,14 @@ def represent(encoder: nn.Module, images: Tensor, precision: Precision | None = 
         for batch in images.split(batch_size):
             batch = to_float(batch.to(device)).contiguous(memory_format=precision.memory_format)
             with precision.autocast():
-                parts.append(encoder(batch).float())
+                parts.append((output or encoder)(batch).float())
     return torch.cat(parts)
 
 
-def topk_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Share in percent of rows of logits (N, C) whose label (N,) is among the k largest: correct / total."""
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return 100.0 * (best == labels[:, None]).any(dim=1).float().mean().item()
-
-
-@dataclass
-class Probe:
-    """A linear classifier on representations: `weight` (C, D), `bias` (C,), and what it scored."""
-
-    weight: Tensor
-    bias: Tensor
-    scores: dict[str, float]
-
-
-def linear_probe(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    lr: float = 1e-4,
-    epochs: int = 100,
-    weight_decay: float = 8e-4,
-    batch_size: int = 256,
-    seed: int = 0,
-    each_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, scores: None,
-) -> Probe:
-    """The 2022 probe: a linear layer by Adam and cross-entropy, judged after its last epoch.
-
-    train, test: representations (N, D) on one device and labels (N,). Its hyper-parameters are the defaults; lr is
-    3e-4 for victims there. `each_epoch(epoch, scores)` gets loss, top1 and top5 (percent) after every epoch.
-    """
-    (features, labels), (test_features, test_labels) = train, test
-    with seeded(seed, "probe"):
-        layer = nn.Linear(features.shape[1], int(max(labels.max(), test_labels.max())) + 1).to(features.device)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    scores: dict[str, float] = {}
-    for epoch in range(epochs):
-        order = torch.randperm(len(features), generator=generator(seed, "probe order", epoch)).to(features.device)
-        total = torch.zeros((), device=features.device)
-        for index in order.split(batch_size):
-            loss = F.cross_entropy(layer(features[index]), labels[index])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(index)
-        with torch.no_grad():
-            logits = layer(test_features)
-        scores = {"loss": total.item() / len(features), **_top1_top5(logits, test_labels)}
-        each_epoch(epoch, scores)
-    return Probe(layer.weight.detach(), layer.bias.detach(), scores)
-
-
-def _top1_top5(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    return {f"top{k}": topk_accuracy(logits, labels, k) for k in (1, 5)}
-
-
-def logistic_regression(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int = 0) -> Probe:
-    """Multinomial logistic regression on standardised representations, trained to convergence by L-BFGS.
-
-    Minimises mean cross-entropy + strength / 2 * |weight|^2; the strength is the one of STRENGTHS that is best on a
-    held-out tenth of the training set, and the classifier is then trained on all of it. The weights returned apply to
-    the representations as they came.
-    """
-    (features, labels), (test_features, test_labels) = train, test
-    mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
-    standard = (features - mean) / std
-    # In the basis of the principal components the penalty reads the same, and its Hessian is nearly diagonal.
-    spread, basis = torch.linalg.eigh(standard.T @ standard / len(standard))
-    rotated = standard @ basis
-    classes = int(max(labels.max(), test_labels.max())) + 1
-    order = torch.randperm(len(features), generator=generator(seed, "held-out tenth")).to(features.device)
-    held, rest = order.split([max(1, len(order) // 10), len(order) - max(1, len(order) // 10)])
-    solution = torch.zeros(classes, features.shape[1] + 1, device=features.device)
-    best = (-1.0, STRENGTHS[0], solution)
-    for strength in STRENGTHS:  # each starts where the stronger penalty ended
-        solution = _minimise(rotated[rest], labels[rest], spread, solution, strength)
-        accuracy = topk_accuracy(_affine(rotated[held], solution), labels[held])
-        best = max(best, (accuracy, strength, solution), key=lambda one: one[0])
-    solution = _minimise(rotated, labels, spread, best[2], best[1])
-    weight = solution[:, :-1] @ basis.T / std
-    bias = solution[:, -1] - weight @ mean
-    scores = _top1_top5(F.linear(test_features, weight, bias), test_labels)
-    return Probe(weight, bias, {**scores, "strength": best[1]})
-
-
-def _affine(features: Tensor, solution: Tensor) -> Tensor:
-    return F.linear(features, solution[:, :-1], solution[:, -1])
-
-
-def _minimise(features: Tensor, labels: Tensor, spread: Tensor, start: Tensor, strength: float) -> Tensor:
-    """The minimum over (C, D + 1), the bias last and free of the penalty; sums run on the features' device.
-
-    `spread` (D,) is the features' mean square: weights are measured in units of the curvature that it gives them, a
-    tenth or so being that of a softmax over ten classes. Without this L-BFGS takes thousands of steps.
-    """
-    unit = torch.cat([(0.1 * spread.clamp_min(0) + strength).rsqrt(), spread.new_ones(1)])
-
-    scaled = (start / unit).requires_grad_()
-    # torch's own L-BFGS: scipy's brings a second pool of threads, which on few cores stands in the way of torch's.
-    optimizer = torch.optim.LBFGS(
-        [scaled],
-        max_iter=500,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-7,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        solution = scaled * unit
-        loss = F.cross_entropy(_affine(features, solution), labels)
-        loss = loss + strength / 2 * solution[:, :-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(objective)
-    return scaled.detach() * unit
-
-
-def knn_accuracy(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], k: int = 200, temperature: float = 0.1
-) -> float:
-    """Accuracy in percent of k nearest neighbours by cosine, votes weighted by exp(cosine / temperature).
-
-    train, test: representations (N, D) and labels (N,). The weights are those of Wu et al., CVPR 2018, section 3.4.
-    With fewer than k training images all of them vote.
-    """
-    (features, labels), (test_features, test_labels) = train, test
-    bank, k = F.normalize(features, dim=1), min(k, len(features))
-    classes = int(max(labels.max(), test_labels.max())) + 1
-    correct = 0
-    for queries, truth in zip(test_features.split(1000), test_labels.split(1000), strict=True):
-        similarity, neighbours = (F.normalize(queries, dim=1) @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(queries), classes, device=features.device)
-        votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
-        correct += (votes.argmax(dim=1) == truth).sum().item()
-    return 100.0 * correct / len(test_labels)
-
-
 def released_probe(
-    encoder: nn.Module,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    encoder: SimCLREncoder,
+    train: Labelled,
+    test: Labelled,
     lr: float,
     precision: Precision,
     epochs: int = 100,
@@ -193,7 +71,7 @@ def released_probe(
     batch_size: int = 256,
     test_batch_size: int = 64,
     seed: int = 0,
-    each_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, scores: None,
+    each_epoch: EachEpoch = lambda epoch, scores: None,
 ) -> dict[str, float]:
     """The 2022 protocol with its quirks, for comparison only: top1 and top5 in percent.
 
@@ -205,7 +83,7 @@ def released_probe(
     device = precision.device
     (images, labels), (test_images, test_labels) = ((x.to(device), y.to(device)) for x, y in (train, test))
     with seeded(seed, "probe"):
-        layer = nn.Linear(encoder.dim, int(max(labels.max(), test_labels.max())) + 1).to(device)
+        layer = nn.Linear(encoder.dim, classes_of(train, test)).to(device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     def features(batch: Tensor) -> Tensor:
@@ -224,30 +102,18 @@ def released_probe(
             for batch, truth in zip(
                 test_images.split(test_batch_size), test_labels.split(test_batch_size), strict=True
             ):
-                batches.append(_top1_top5(layer(features(batch)), truth))
+                batches.append(top1_top5(layer(features(batch)), truth))
         scores = {key: sum(one[key] for one in batches) / len(batches) for key in ("top1", "top5")}
         each_epoch(epoch, scores)
     return scores
 
 
-def evaluate(
-    encoder: nn.Module,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    lr: float,
-    precision: Precision,
-    batch_size: int = 256,
-    seed: int = 0,
-    each_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, scores: None,
-) -> tuple[dict[str, float], Probe]:
-    """The scores of a frozen encoder, in percent, and the 2022 probe's layer.
+def evaluate(train: Labelled, test: Labelled, lr: float, seed: int = 0, **options) -> tuple[dict[str, float], Probe]:
+    """The scores of representations (N, D) with labels (N,), in percent, and the 2022 probe.
 
-    train, test: uint8 images and labels. top1 and top5: `linear_probe`; top1_converged: `logistic_regression`; knn:
-    `knn_accuracy`. Representations are computed once.
+    top1 and top5: `linear_probe`, which gets the options; top1_converged: `logistic_regression`; knn: `knn_accuracy`.
     """
-    device = precision.device
-    train, test = ((represent(encoder, images, precision), labels.to(device)) for images, labels in (train, test))
-    probe = linear_probe(train, test, lr, batch_size=batch_size, seed=seed, each_epoch=each_epoch)
+    probe = linear_probe(train, test, lr, seed, **options)
     converged = logistic_regression(train, test, seed)
     scores = {
         "top1": probe.scores["top1"],
@@ -257,6 +123,110 @@ def evaluate(
         "knn": knn_accuracy(train, test),
     }
     return scores, probe
+
+
+# ---- how close a copy is ----
+
+
+def fidelity(copy: Tensor, victim: Tensor, output: Tensor | None = None, neighbours: int = 10) -> dict[str, float]:
+    """How close representations (N, D) of a copy are to the victim's (N, E) of the same images.
+
+    l2 and cosine: mean Euclidean and cosine distance of `output` (N, E), the copy's features in the victim's width (the
+    representations themselves if not given), left out where the widths differ. cka: `linear_cka`. overlap:
+    `neighbour_overlap`. They mean something beside an independent encoder's figures only.
+    """
+    output = copy if output is None else output
+    figures = {}
+    if output.shape == victim.shape:
+        figures["l2"] = (output - victim).norm(dim=1).mean().item()
+        figures["cosine"] = 1 - F.cosine_similarity(output, victim).mean().item()
+    figures["cka"] = linear_cka(copy, victim)
+    figures["overlap"] = neighbour_overlap(copy, victim, neighbours)
+    return figures
+
+
+def linear_cka(a: Tensor, b: Tensor) -> float:
+    """Linear centred kernel alignment of (N, D) and (N, E), from 0 to 1 (Kornblith et al., ICML 2019, section 3).
+
+    |A'B|^2 / (|A'A| |B'B|) in Frobenius norms, columns centred; turning or scaling a set does not change it.
+    """
+    a, b = ((x - x.mean(dim=0)).double() for x in (a, b))
+    return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-30)).item()
+
+
+def neighbour_overlap(a: Tensor, b: Tensor, neighbours: int = 10) -> float:
+    """The mean share in percent of the nearest neighbours by cosine that (N, D) and (N, E) have in common."""
+    neighbours = min(neighbours, len(a) - 1)
+
+    def nearest(features: Tensor) -> Tensor:
+        unit = F.normalize(features, dim=1)
+        parts = []
+        for start in range(0, len(unit), 1000):
+            similarity = unit[start : start + 1000] @ unit.T
+            similarity[:, start:].fill_diagonal_(-2)  # an image is not its own neighbour
+            parts.append(similarity.topk(neighbours, dim=1).indices)
+        return torch.cat(parts)
+
+    common = (nearest(a)[:, :, None] == nearest(b)[:, None, :]).any(dim=2)
+    return 100.0 * common.float().mean().item()
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """Share in percent of images for which two classifiers predict (N,) the same."""
+    return 100.0 * (a == b).float().mean().item()
+
+
+def compare(
+    encoders: Mapping[str, SimCLREncoder], train: Labelled, test: Labelled, precision: Precision, seed: int = 0
+) -> dict[str, float]:
+    """`fidelity` of `copy` to `victim` on test images, with the agreement of what is predicted of them downstream.
+
+    The same of the encoder `independent` has names that begin with independent_. train, test: uint8 images and labels;
+    the predictions are those of `logistic_regression`.
+    """
+    predictions, representations = {}, {}
+    truth = test[1].to(precision.device)
+    for name, encoder in encoders.items():
+        known = represent(encoder, train[0], precision), train[1].to(precision.device)
+        representations[name] = represent(encoder, test[0], precision)
+        predictions[name] = logistic_regression(known, (representations[name], truth), seed).predictions
+    figures = {}
+    for name, prefix in (("copy", ""), ("independent", "independent_")):
+        # Only a copy's head leads to the victim's width; an independent encoder's leads elsewhere.
+        mapped = encoders[name].has_head and name == "copy"
+        output = represent(encoders[name], test[0], precision, output=encoders[name].project) if mapped else None
+        figures |= {
+            prefix + key: value
+            for key, value in fidelity(representations[name], representations["victim"], output).items()
+        }
+        figures[prefix + "agreement"] = agreement(predictions[name], predictions["victim"])
+    return figures
+
+
+# ---- which images ----
+
+
+def load_test(
+    name: str, root: Path, copy: Mapping, number: int | None = None, last_thousand: bool = False
+) -> tuple[Tensor, Tensor, int]:
+    """Test images uint8 (N, 3, H, W), their labels (N,), and how many of them the checkpoint's copy queried.
+
+    All are taken, but the last 1,000 only where the others may have been queried (or `last_thousand`), or as many as
+    `number`. UserError when images were queried that needn't have been.
+    """
+    images, labels = load_dataset(name, root, "test")
+    queried = copy.get("query_set", {})
+    from_test = (queried.get("dataset"), queried.get("split")) == (name, "test")
+    if number is None:
+        number = HELD_OUT if from_test or last_thousand else len(images)
+    if number > len(images):
+        raise UserError(f"--num-test {number}: the test split of {name} has {len(images)} images")
+    images, labels = images[-number:], labels[-number:]
+    common = count_queried(images, copy["query_digests"]) if queried else 0
+    # Publishers' own copies of an image in both splits are theirs to mend: they are counted, not refused.
+    if common and (from_test or queried["dataset"] != name):
+        raise UserError(f"{common} of the {len(images)} test images were queried: lower --num-test, or test on others")
+    return images, labels, common
 
 
 def count_queried(images: Tensor, digests: Tensor) -> int:

@@ -1,24 +1,38 @@
-"""Judge a victim, a stolen copy or a random encoder by linear evaluation on a downstream data set.
+"""Judge a victim, a stolen copy or a random encoder on a downstream data set, and how close a copy is to its victim.
 
 python linear_eval.py --dataset cifar10 --datasetsteal svhn --dataset-test stl10 --losstype mse --num_queries 9000
 """
 
-import json
+import copy
 import time
 from argparse import Namespace
 from pathlib import Path
 
-from torch import Tensor
+from torch import nn
 
 import options
-from data_aug.datasets import HELD_OUT, load_dataset, take_balanced
-from evaluation import count_queried, evaluate, released_probe
-from loss import STEAL_LOSSES, TRAIN_LOSSES
+import runs
+from attacks import ATTACKS
+from data_aug.datasets import load_dataset, take_balanced
+from evaluation import compare, evaluate, load_test, released_probe, represent
+from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, build_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
+from probes import Labelled, classes_of, knn_accuracy, mlp_probe, top1_top5
+from simclr import SimCLR, Training
 from utils import Precision, Run, UserError, save_checkpoint, script, seeded
+from victim import Service, Victim
 
-LOSSES = list(dict.fromkeys([*STEAL_LOSSES, *TRAIN_LOSSES]))
+LOSSES = list(dict.fromkeys([*STEAL_LOSSES, *TRAIN_LOSSES, *LABEL_LOSSES]))
+# Which flags name the encoder that is judged; for another kind of it they mean nothing.
+NAMING = {
+    "victim": ("victim", "dataset", "losstype", "epochstrain"),
+    "stolen": (
+        *("stolen", "victim", "dataset", "losstype", "epochstrain", "datasetsteal", "epochs", "num_queries"),
+        *("attack", "head", "victimhead", "stolenhead"),
+    ),
+    "random": (),
+}
 
 
 def parse() -> tuple[options.Parser, Namespace]:
@@ -36,23 +50,60 @@ def parse() -> tuple[options.Parser, Namespace]:
         "--num-test", metavar="N", type=options.count, help="test on the last N images only (default: see the README)"
     )
     model = parser.add_argument_group("encoder")
-    model.add_argument("--modeltype", choices=["victim", "stolen", "random"], default="stolen", help="which is judged")
+    model.add_argument("--modeltype", choices=list(NAMING), default="stolen", help="which is judged")
     model.add_argument("--victim", metavar="PATH", type=Path, help="checkpoint of the victim (default: found by flags)")
     model.add_argument("--stolen", metavar="PATH", type=Path, help="checkpoint of the copy (default: found by flags)")
     options.add_arch(model, "-a", "--arch", text="architecture of the encoder that is judged")
-    model.add_argument("--losstype", choices=LOSSES, default="infonce", help="loss that it was trained or stolen with")
+    model.add_argument("--attack", choices=[*ATTACKS, "stealhead", "steallabels"], default="direct", help="of the copy")
+    model.add_argument("--losstype", choices=LOSSES, help="loss of the encoder (default: the attack's, or infonce)")
     model.add_argument("--epochstrain", metavar="N", type=options.count, default=200, help="epochs of the victim")
     model.add_argument("--epochs", metavar="N", type=options.count, default=100, help="epochs of the copy")
-    model.add_argument("--num_queries", metavar="N", type=options.count, default=9000, help="budget of the copy")
+    model.add_argument("--num_queries", metavar="N", type=options.count, help="budget of the copy (default: 9000)")
+    options.add_switch(model, "--head", False, "the copy is stealhead.py's: the same as --attack stealhead")
+    options.add_switch(model, "--victimhead", False, "the copy was stolen from projections")
+    options.add_switch(model, "--stolenhead", False, "the copy was stolen through a head of its own")
     probe = parser.add_argument_group("probe")
+    probe.add_argument("--probe", choices=["linear", "mlp", "knn"], default="linear", help="what reads representations")
+    options.add_switch(probe, "--finetune", False, "train the whole encoder on the labelled images instead")
+    probe.add_argument("--probe-epochs", metavar="N", type=options.count, default=100, help="epochs of the probe")
     probe.add_argument("-b", "--batch-size", metavar="N", type=options.count, default=256, help="images in a batch")
     probe.add_argument("--lr", metavar="LR", type=options.positive, help="Adam's (default: 1e-4 for copies, else 3e-4)")
     options.add_switch(probe, "--save", False, "keep the classifier, encoder and linear layer, in the checkpoint")
+    closeness = parser.add_argument_group("fidelity")
+    options.add_switch(closeness, "--fidelity", False, "compare the copy with its victim")
+    closeness.add_argument(
+        "--independent",
+        metavar="PATH|random",
+        help="the encoder whose figures stand beside the copy's: a checkpoint, or an untrained one "
+        "(default: the other victim of the same data set and architecture, such as one of another seed)",
+    )
     options.add_run_options(parser)
     args = parser.parse_args()
-    args.presets = {"lr": 1e-4 if args.modeltype == "stolen" else 3e-4}
-    args.lr = args.lr or args.presets["lr"]
+    if args.head:
+        args.attack = "stealhead"
+    attack = ATTACKS.get(args.attack, {}) if args.modeltype == "stolen" else {}
+    named = {"losstype": attack.get("losstype", "infonce"), "num_queries": attack.get("num_queries", 9000)}
+    options.fill(args, named, {"lr": 1e-4 if args.modeltype == "stolen" else 3e-4})
+    refuse(parser, args)
     return parser, args
+
+
+def refuse(parser: options.Parser, args: Namespace) -> None:
+    """UserError for flags that cannot act."""
+    idle = dict.fromkeys(set(NAMING["stolen"]) - set(NAMING[args.modeltype]), f"with --modeltype {args.modeltype}")
+    if args.finetune:
+        idle |= dict.fromkeys(("probe", "save"), "with --finetune")
+    elif args.probe != "linear":
+        idle["save"] = f"with --probe {args.probe}"
+        if args.probe == "knn":
+            idle |= dict.fromkeys(("probe_epochs", "batch_size", "lr"), "with --probe knn")
+    if args.recipe == "released":
+        idle |= dict.fromkeys(("probe", "finetune", "save", "fidelity"), "with --recipe released")
+    if args.modeltype != "stolen":
+        idle["fidelity"] = f"with --modeltype {args.modeltype}: it is a copy's"
+    if not args.fidelity:
+        idle["independent"] = "without --fidelity"
+    options.refuse_idle(parser, args, idle)
 
 
 def find(args: Namespace) -> Path:
@@ -61,34 +112,15 @@ def find(args: Namespace) -> Path:
     wanted = {"dataset": args.dataset, "arch": args.arch, "losstype": args.losstype}
     if args.modeltype == "victim":
         wanted |= {"epochs": args.epochstrain}
-        return args.victim or options.find_run(args.checkpoint_dir, "victim", wanted, preferred)
+        return args.victim or runs.find_run(args.checkpoint_dir, "victim", wanted, preferred)
     wanted["archstolen"] = wanted.pop("arch")
-    wanted |= {"datasetsteal": args.datasetsteal, "epochs": args.epochs, "num_queries": args.num_queries}
+    for name in ("datasetsteal", "epochs", "num_queries", "attack"):
+        wanted[name] = getattr(args, name)
+    for name in args.given & {"epochstrain", "victimhead", "stolenhead"}:
+        wanted[name] = getattr(args, name)
     if args.victim:
         wanted["victim"] = str(args.victim)
-    return args.stolen or options.find_run(args.checkpoint_dir, "stolen", wanted, preferred)
-
-
-def load_test(args: Namespace, checkpoint: dict) -> tuple[Tensor, Tensor, int]:
-    """Test images, their labels, and how many of them were queried.
-
-    All are taken, but the last 1,000 only where the others may have been queried, or as many as asked for. UserError
-    when images were queried that needn't have been.
-    """
-    images, labels = load_dataset(args.dataset_test, args.data, "test")
-    queried = checkpoint.get("query_set", {})
-    number = args.num_test or len(images)
-    from_test = (queried.get("dataset"), queried.get("split")) == (args.dataset_test, "test")
-    if args.num_test is None and (from_test or (args.recipe == "released" and args.dataset_test != "stl10")):
-        number = HELD_OUT
-    if number > len(images):
-        raise UserError(f"--num-test {number}: the test split of {args.dataset_test} has {len(images)} images")
-    images, labels = images[-number:], labels[-number:]
-    common = count_queried(images, checkpoint["query_digests"]) if queried else 0
-    # Publishers' own copies of an image in both splits are theirs to mend: they are counted, not refused.
-    if common and (from_test or queried["dataset"] != args.dataset_test):
-        raise UserError(f"{common} of the {len(images)} test images were queried: lower --num-test, or test on others")
-    return images, labels, common
+    return args.stolen or runs.find_run(args.checkpoint_dir, "stolen", wanted, preferred)
 
 
 def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
@@ -98,11 +130,11 @@ def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
             return None, {}, build_encoder(args.arch)
     path = find(args)
     checkpoint = read_checkpoint(path)
-    options.check_finished(checkpoint, path)
+    runs.check_finished(checkpoint, path)
     return path, checkpoint, encoder_from_checkpoint(checkpoint, str(path), args.arch)
 
 
-def load_train(args: Namespace) -> tuple[Tensor, Tensor]:
+def load_train(args: Namespace) -> Labelled:
     """Labelled images of the downstream data set, as many as asked for."""
     images, labels = load_dataset(args.dataset_test, args.data, "train")
     if args.num_labeled >= len(labels):
@@ -111,18 +143,42 @@ def load_train(args: Namespace) -> tuple[Tensor, Tensor]:
     return images[chosen], labels[chosen]
 
 
+def finetune(
+    args: Namespace, encoder: SimCLREncoder, train: Labelled, test: Labelled, precision: Precision, run: Run
+) -> dict[str, float]:
+    """Scores of a copy of the encoder with a linear layer, all of it trained on the labelled images."""
+    model = copy.deepcopy(encoder).requires_grad_(True)
+    with seeded(args.seed, "probe"):
+        model.backbone.fc = nn.Linear(model.dim, classes_of(train, test))
+    training = Training(args.probe_epochs, args.batch_size, args.lr, weight_decay=8e-4, seed=args.seed, n_views=1)
+    config = runs.configuration("finetuned", args, precision)
+    job = SimCLR(model, TRAIN_LOSSES["supervised"], training, run, precision, config, resume=args.resume)
+    job.train(*train)
+    return top1_top5(represent(model, test[0], precision, output=model.project), test[1].to(precision.device))
+
+
 def judge(
-    args: Namespace, encoder: SimCLREncoder, train: tuple, test: tuple, precision: Precision, run: Run
+    args: Namespace, encoder: SimCLREncoder, train: Labelled, test: Labelled, precision: Precision, run: Run
 ) -> tuple[dict, dict]:
-    """Scores, and the state_dict of the linear layer, with --save that of the encoder before it too."""
+    """Scores, and the state_dict of the linear layer if there is one, with --save that of the encoder before it too."""
 
     def each_epoch(epoch: int, scores: dict[str, float]) -> None:
         run.record(epoch + 1, {"epoch": epoch, **scores})
 
-    options_of_both = {"batch_size": args.batch_size, "seed": args.seed, "each_epoch": each_epoch}
+    if args.finetune:
+        return finetune(args, encoder, train, test, precision, Run(run.folder / "finetuned")), {}
+    settings = {"batch_size": args.batch_size, "epochs": args.probe_epochs, "each_epoch": each_epoch}
     if args.recipe == "released":
-        return released_probe(encoder, train, test, args.lr, precision, **options_of_both), {}
-    scores, probe = evaluate(encoder, train, test, args.lr, precision, **options_of_both)
+        return released_probe(encoder, train, test, args.lr, precision, seed=args.seed, **settings), {}
+    train, test = (
+        (represent(encoder, images, precision), labels.to(precision.device)) for images, labels in (train, test)
+    )
+    if args.probe == "knn":
+        return {"knn": knn_accuracy(train, test)}, {}
+    if args.probe == "mlp":
+        scores = mlp_probe(train, test, args.lr, args.seed, **settings).scores
+        return {name: scores[name] for name in ("top1", "top5")}, {}
+    scores, probe = evaluate(train, test, args.lr, args.seed, **settings)
     state = {"fc.weight": probe.weight.cpu(), "fc.bias": probe.bias.cpu()}
     if args.save:
         backbone = encoder.state_dict().items()
@@ -130,50 +186,81 @@ def judge(
     return scores, state
 
 
+def victim_of(args: Namespace, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
+    """The victim that a copy was stolen from. UserError when the file holds other weights."""
+    path = args.victim or Path(checkpoint["settings"]["victim"])
+    encoder = encoder_from_checkpoint(read_checkpoint(path), str(path))
+    if Victim(Service(encoder)).version != checkpoint["victim_version"]:
+        raise UserError(
+            f"{path} is not the victim that this copy was stolen from, or was trained again: give --victim PATH"
+        )
+    return path, encoder
+
+
+def independent_of(args: Namespace, victim: Path, encoder: SimCLREncoder) -> tuple[str, SimCLREncoder]:
+    """An encoder that has nothing to do with the victim, and what to call it."""
+    if args.independent == "random":
+        with seeded(args.seed, "independent"):
+            return "random", build_encoder(encoder.arch)
+    settings = read_checkpoint(victim).get("settings", {})
+    path = args.independent or runs.find_run(
+        args.checkpoint_dir,
+        "victim",
+        {name: settings.get(name) for name in ("dataset", "arch")},
+        {name: settings.get(name) for name in ("losstype", "epochs")},
+        besides=victim,
+        flag="--independent",
+    )
+    checkpoint = read_checkpoint(path)
+    runs.check_finished(checkpoint, Path(path))
+    return str(path), encoder_from_checkpoint(checkpoint, str(path))
+
+
 @script
 def main() -> None:
     started = time.perf_counter()
     parser, args = parse()
-    device, precision = options.set_up(args)
+    precision = options.set_up(args)
+    device = precision.device
     path, checkpoint, encoder = choose(args)
     encoder = encoder.to(device, memory_format=precision.memory_format)
     train = load_train(args)
-    *test, queried = load_test(args, checkpoint)
+    last_thousand = args.recipe == "released" and args.dataset_test != "stl10"
+    *test, queried = load_test(args.dataset_test, args.data, checkpoint, args.num_test, last_thousand)
+    others = {}
+    if args.fidelity:
+        victim_path, victim = victim_of(args, checkpoint)
+        independent_path, independent = independent_of(args, victim_path, victim)
+        others = {"victim": victim.to(device), "independent": independent.to(device)}
 
-    home = options.home_of(path, args.checkpoint_dir) if path else args.checkpoint_dir / f"random-{args.arch}"
-    core = {"dataset_test": "{value}", "seed": "seed{value}"}
-    implied = (
-        "dataset",
-        "datasetsteal",
-        "arch",
-        "losstype",
-        "epochstrain",
-        "epochs",
-        "num_queries",
-        "modeltype",
-        "save",
-    )
-    run = Run(home / options.run_name("linear", parser, args, core, implied))
+    home = runs.home_of(path, args.checkpoint_dir) if path else args.checkpoint_dir / f"random-{args.arch}"
+    implied = (*NAMING["stolen"], "arch", "modeltype", "save", "fidelity")
+    run = Run(home / runs.run_name("linear", parser, args, ("dataset_test", "seed"), implied))
     if args.resume and run.checkpoint.exists():
-        print(f"{run.checkpoint} is there already\n{options.as_row(read_checkpoint(run.checkpoint)['row'])}")
+        print(f"{run.checkpoint} is there already\n{runs.as_row(read_checkpoint(run.checkpoint)['row'])}")
         return
-    config = options.configuration("linear", args, device, precision)
+    config = runs.configuration("linear", args, precision)
     run.start(config, args.clear)
-    run.say(f"{args.modeltype}: {path or args.arch}, {len(train[1])} labelled images, {device}, {precision.name}")
+    run.say(f"{args.modeltype}: {path or args.arch}, {len(train[1])} labelled images, {precision}")
     scores, state = judge(args, encoder, train, test, precision, run)
+    if others:
+        scores |= compare({"copy": encoder, **others}, train, test, precision, args.seed)
+        scores["independent"] = independent_path
 
-    ledger = checkpoint.get("ledger", {}).values()
+    settings = checkpoint.get("settings", {})
     row = {
         "model": args.modeltype,
         "arch": encoder.arch,
-        "losstype": checkpoint.get("settings", {}).get("losstype", args.losstype) if path else None,
+        "losstype": settings.get("losstype", args.losstype) if path else None,
+        "attack": settings.get("attack"),
         "downstream": args.dataset_test,
-        **{name: round(value, 6 if name == "strength" else 2) for name, value in scores.items()},
+        "probe": "finetune" if args.finetune else args.probe,
+        **{name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()},
         "train_images": len(train[1]),
         "test_images": len(test[1]),
         "test_images_queried": queried,
-        "queries": sum(account["queries"] for account in ledger),
-        "distinct": sum(len(account["images"]) // 16 for account in ledger),
+        **runs.ledger_figures(checkpoint),
+        "attacker_labels": settings.get("losstype") == "supcon" and args.modeltype == "stolen",
         "seed": args.seed,
         "seconds": round(time.perf_counter() - started, 1),
         "recipe": args.recipe,
@@ -181,13 +268,8 @@ def main() -> None:
         **config["provenance"],
     }
     save_checkpoint({"kind": "linear", "arch": encoder.arch, "state_dict": state, "row": row}, run.checkpoint)
-    run.record(100, {"row": row})
-    run.say(options.as_row(row))
+    runs.add_row(run, args.checkpoint_dir, row, step=args.probe_epochs)
     run.finish()
-    # One append of one line: evaluations that run side by side don't mix theirs.
-    with (args.checkpoint_dir / "results.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"row: {run.metrics} and {args.checkpoint_dir / 'results.jsonl'}")
 
 
 if __name__ == "__main__":

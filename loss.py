@@ -1,9 +1,10 @@
 """Every loss, one function each, and the tables of their names with the hyper-parameters they were published with.
 
 Rows of several views of one image are view-major: all first views, then all second views. Losses are pure functions of
-float32 tensors; the victim's answers carry no gradient.
+float32 tensors to a scalar; the victim's answers carry no gradient. `docs/extending.md` adds one.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# ---- between the rows of one set of features ----
+
 
 def nt_xent(features: Tensor, views: int = 2, temperature: float = 0.07) -> Tensor:
     """InfoNCE between the rows of one image, against all other rows (NT-Xent; Chen et al., ICML 2020, equation 1).
@@ -19,14 +22,86 @@ def nt_xent(features: Tensor, views: int = 2, temperature: float = 0.07) -> Tens
     features (views * B, D) -> scalar. With s the cosine similarity and P(i) the other rows of row i's image:
     mean over i and p in P(i) of -log(exp(s_ip / T) / sum_{j != i} exp(s_ij / T)).
     """
-    rows, images = len(features), len(features) // views
+    image = torch.arange(len(features), device=features.device) % (len(features) // views)
+    return supervised_contrastive(features, image, temperature)
+
+
+def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """InfoNCE between the rows of one label, against all other rows (SupCon; Khosla et al., NeurIPS 2020, equation 2).
+
+    features (R, D), labels (R,), each of them there at least twice -> scalar. With s the cosine similarity and P(i)
+    the other rows of row i's label: mean over i and p in P(i) of -log(exp(s_ip / T) / sum_{j != i} exp(s_ij / T)).
+    """
     unit = F.normalize(features, dim=1)
     logits = unit @ unit.T / temperature
-    index = torch.arange(rows, device=features.device)
-    same_image = logits.view(rows, views, images)[index, :, index % images]  # (rows, views), with the row itself
-    positive = (same_image.sum(dim=1) - logits.diagonal()) / (views - 1)
-    others = logits.masked_fill(torch.eye(rows, dtype=torch.bool, device=features.device), -math.inf)
-    return (torch.logsumexp(others, dim=1) - positive).mean()
+    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    same = (labels[:, None] == labels[None, :]) & ~itself
+    positive = (logits * same).sum(dim=1) / same.sum(dim=1)
+    return (torch.logsumexp(logits.masked_fill(itself, -math.inf), dim=1) - positive).mean()
+
+
+def soft_nearest_neighbour(features: Tensor, views: int = 2, temperature: float = 100.0) -> Tensor:
+    """Soft nearest neighbour loss between the rows of one image (Frosst et al., ICML 2019, equation 1).
+
+    features (views * B, D) -> scalar. With squared distances d and P(i) the other rows of row i's image:
+    mean_i -log(1e-9 + sum_{p in P(i)} exp(-d_ip / T) / sum_{j != i} exp(-d_ij / T)).
+    """
+    rows, images = len(features), len(features) // views
+    # Distances don't change with the origin; at the centre the float32 products below cancel least.
+    features = features - features.mean(dim=0).detach()
+    norms = features.square().sum(dim=1)
+    distances = (norms[:, None] + norms[None, :] - 2 * features @ features.T).clamp_min(0)
+    image = torch.arange(rows, device=features.device) % images
+    itself = torch.eye(rows, dtype=torch.bool, device=features.device)
+    logits = (-distances / temperature).masked_fill(itself, -math.inf)
+    positive = logits.masked_fill(image[:, None] != image[None, :], -math.inf)
+    # In logarithms throughout: exp(-d / T) underflows where the distances are large.
+    log_share = torch.logsumexp(positive, dim=1) - torch.logsumexp(logits, dim=1)
+    return -torch.logaddexp(log_share, torch.full_like(log_share, math.log(1e-9))).mean()
+
+
+def barlow_twins(a: Tensor, b: Tensor, off_diagonal: float = 0.0051) -> Tensor:
+    """Redundancy reduction between two sets of features (Zbontar et al., ICML 2021, equations 1 and 2).
+
+    a (B, D), b (B, D) -> scalar. Each dimension is standardised over the batch (biased variance + 1e-5); with
+    C = a'b / B: sum_c (C_cc - 1)^2 + off_diagonal * sum_{c != d} C_cd^2.
+    """
+    a, b = (F.batch_norm(features, None, None, training=True) for features in (a, b))
+    squares = (a.T @ b / len(a) - torch.eye(a.shape[1], device=a.device)).square()
+    diagonal = squares.diagonal().sum()
+    return diagonal + off_diagonal * (squares.sum() - diagonal)
+
+
+# ---- for a victim's training: the projections of several views of each image ----
+
+
+def _between_views(pair_loss: Callable[[Tensor, Tensor], Tensor], features: Tensor, views: int) -> Tensor:
+    pairs = itertools.combinations(features.chunk(views), 2)
+    return torch.stack([pair_loss(a, b) for a, b in pairs]).mean()
+
+
+def barlow(features: Tensor, views: int = 2) -> Tensor:
+    """`barlow_twins` of every two views, averaged: features (views * B, D) -> scalar."""
+    return _between_views(barlow_twins, features, views)
+
+
+def mse_between_views(features: Tensor, views: int = 2) -> Tensor:
+    """Mean squared error of every two views, averaged: features (views * B, D) -> scalar. Any constant minimises it."""
+    return _between_views(F.mse_loss, features, views)
+
+
+def supcon_training(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """`supervised_contrastive` times T / 0.07, as in SupCon's code: features (V * B, D), labels (B,) -> scalar."""
+    labels = labels.repeat(len(features) // len(labels))
+    return temperature / 0.07 * supervised_contrastive(features, labels, temperature)
+
+
+def supervised(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the true labels: logits (V * B, classes), labels (B,) -> scalar."""
+    return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels)))
+
+
+# ---- for stealing: the copy's features and the victim's answers, row by row ----
 
 
 def infonce(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int = 1) -> Tensor:
@@ -35,12 +110,34 @@ def infonce(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int 
     Copy's and victim's rows of one image are positives of each other, all rows of both for other images negatives
     (2022 paper, section 4). With V views an image has 2 V rows; the loss averages over all its positives.
     """
-    return nt_xent(torch.cat([copy, victim]), views=2 * views, temperature=temperature)
+    return nt_xent(torch.cat([copy, victim]), 2 * views, temperature)
+
+
+def softnn(copy: Tensor, victim: Tensor, temperature: float = 100.0, views: int = 1) -> Tensor:
+    """Soft nearest neighbour loss for stealing: copy (V * B, D), victim (V * B, D) -> scalar.
+
+    `soft_nearest_neighbour` over all rows of both: an image has 2 V.
+    """
+    return soft_nearest_neighbour(torch.cat([copy, victim]), 2 * views, temperature)
+
+
+def supcon(copy: Tensor, victim: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """SupCon for stealing: copy (V * B, D), victim (V * B, D), labels (B,) -> scalar.
+
+    All rows of both with the same label are positives of each other (see `supcon_training`). An attacker who uses it
+    has the true labels of the images queried, which is more than the others have.
+    """
+    return supcon_training(torch.cat([copy, victim]), labels, temperature)
 
 
 def mse(copy: Tensor, victim: Tensor) -> Tensor:
     """Mean squared error over all elements: copy (B, D), victim (B, D) -> scalar."""
     return F.mse_loss(copy, victim)
+
+
+def cosine(copy: Tensor, victim: Tensor) -> Tensor:
+    """Cosine distance, mean_i 1 - cos(copy_i, victim_i): copy (B, D), victim (B, D) -> scalar."""
+    return 1 - F.cosine_similarity(copy, victim).mean()
 
 
 def softce(copy: Tensor, victim: Tensor) -> Tensor:
@@ -49,6 +146,14 @@ def softce(copy: Tensor, victim: Tensor) -> Tensor:
     mean_i -sum_c softmax(victim_i)_c log softmax(copy_i)_c. (The 2022 code took the copy's own softmax as the target.)
     """
     return F.cross_entropy(copy, victim.softmax(dim=1))
+
+
+def bce(copy: Tensor, victim: Tensor) -> Tensor:
+    """Binary cross-entropy with which entries of the answer are above 0: copy (B, D), victim (B, D) -> scalar.
+
+    The target is sigmoid(victim) rounded: 1 where a unit is active, else 0. The copy's features are the logits.
+    """
+    return F.binary_cross_entropy_with_logits(copy, victim.sigmoid().round())
 
 
 def wasserstein(copy: Tensor, victim: Tensor) -> Tensor:
@@ -64,49 +169,164 @@ def wasserstein(copy: Tensor, victim: Tensor) -> Tensor:
     return (cumulative(copy) - cumulative(victim)).abs().sum(dim=1).mean()
 
 
-def softnn(copy: Tensor, victim: Tensor, temperature: float = 100.0, views: int = 1) -> Tensor:
-    """Soft nearest neighbour loss for stealing: copy (V * B, D), victim (V * B, D) -> scalar.
+def symmetrized(copy: Tensor, victim: Tensor, views: int = 2) -> Tensor:
+    """Negative cosine between predictions and targets of different views (SimSiam; Chen & He, CVPR 2021, equation 4).
 
-    Over all rows of both, with squared distances d and P(i) the other rows of row i's image (Frosst et al., ICML 2019):
-    mean_i -log(1e-9 + sum_{p in P(i)} exp(-d_ip / T) / sum_{j != i} exp(-d_ij / T)).
+    copy (V * B, D): the copy's predictions; victim (V * B, D): the answers through the copy's projector -> scalar.
+    Mean over images and views v != w of -cos(copy_v, victim_w); no gradient passes to the target.
     """
-    features = torch.cat([copy, victim])
-    rows, images = len(features), len(copy) // views
-    # Distances don't change with the origin; at the centre the float32 products below cancel least.
-    features = features - features.mean(dim=0).detach()
-    norms = features.square().sum(dim=1)
-    distances = (norms[:, None] + norms[None, :] - 2 * features @ features.T).clamp_min(0)
-    image = torch.arange(rows, device=features.device) % images
-    itself = torch.eye(rows, dtype=torch.bool, device=features.device)
-    logits = (-distances / temperature).masked_fill(itself, -math.inf)
-    positive = logits.masked_fill(image[:, None] != image[None, :], -math.inf)
-    # In logarithms throughout: exp(-d / T) underflows where the distances are large.
-    log_share = torch.logsumexp(positive, dim=1) - torch.logsumexp(logits, dim=1)
-    return -torch.logaddexp(log_share, torch.full_like(log_share, math.log(1e-9))).mean()
+    predictions, targets = copy.chunk(views), victim.detach().chunk(views)
+    pairs = itertools.permutations(range(views), 2)
+    return -torch.stack([F.cosine_similarity(predictions[v], targets[w]).mean() for v, w in pairs]).mean()
+
+
+def barlow_stealing(copy: Tensor, victim: Tensor) -> Tensor:
+    """`barlow_twins` of the copy's features and the victim's answers to the same images: (B, D), (B, D) -> scalar.
+
+    (In the 2022 code no term joins an image's two rows, so that the victim hardly mattered.)
+    """
+    return barlow_twins(copy, victim)
+
+
+def _similarities(copy: Tensor, victim: Tensor, views: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What contrastive stealing compares, for each view by itself: cosines / T of rows (V * B, D).
+
+    -> with the own answer (V, B), with the others' answers and with the copy's other rows (V, B, B), itself at -inf.
+    """
+    copy, victim = (F.normalize(rows, dim=1).view(views, -1, rows.shape[1]) for rows in (copy, victim))
+    answers, own = copy @ victim.mT / temperature, copy @ copy.mT / temperature
+    itself = torch.eye(copy.shape[1], dtype=torch.bool, device=copy.device)
+    matched = answers.diagonal(dim1=1, dim2=2)
+    return matched, answers.masked_fill(itself, -math.inf), own.masked_fill(itself, -math.inf)
+
+
+def contsteal(copy: Tensor, victim: Tensor, temperature: float = 0.5, views: int = 1) -> Tensor:
+    """Cont-Steal's loss (Sha et al., CVPR 2023): copy (V * B, D), victim (V * B, D) -> scalar.
+
+    With s, f the unit rows of copy and victim, averaged over images and views:
+    -log(e^{s_i.f_i/T} / (e^{s_i.f_i/T} + sum_{j != i} e^{s_i.f_j/T} + sum_{j != i} e^{s_i.s_j/T})).
+    """
+    matched, answers, own = _similarities(copy, victim, views, temperature)
+    everyone = torch.cat([matched[..., None], answers, own], dim=2)
+    return (torch.logsumexp(everyone, dim=2) - matched).mean()
+
+
+# Distances between rows (B, D), (B, D) -> (B,).
+DISTANCES = {
+    "l2": lambda a, b: (a - b).norm(dim=1),
+    "l1": lambda a, b: (a - b).abs().sum(dim=1),
+    "cosine": lambda a, b: 1 - F.cosine_similarity(a, b),
+}
+
+
+def stolenencoder(
+    copy: Tensor, victim: Tensor, views: int = 1, lambda_aug: float = 9.0, distance: str = "l2"
+) -> Tensor:
+    """StolenEncoder's loss (Liu et al., CCS 2022): copy (V * B, D), victim (V * B, D) -> scalar.
+
+    The first B rows of the copy are of the images themselves, the others of augmentations; victim repeats one answer:
+    mean distance of the first rows + lambda_aug * mean distance of the others. `distance` is a name of DISTANCES.
+    """
+    plain, *augmented = DISTANCES[distance](copy, victim).chunk(views)
+    return plain.mean() + lambda_aug * torch.cat(augmented).mean() if augmented else plain.mean()
+
+
+def rda(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int = 1) -> Tensor:
+    """RDA's loss, discrimination + alignment (Wu et al., ECCV 2024): copy (V * B, D), victim (V * B, D) -> scalar.
+
+    victim repeats each image's prototype p. With s the copy's rows, averaged over images and views:
+    -log(e^{s_i.p_i/T} / (sum_{j != i} e^{s_i.p_j/T} + sum_{j != i} e^{s_i.s_j/T})), rows of unit length, and
+    -log((cos(s_i, p_i) + 1) / |s_i - p_i|^2). 1e-6 is added to that quotient's parts: at s = p it divides by 0.
+    """
+    matched, answers, own = _similarities(copy, victim, views, temperature)
+    discrimination = (torch.logsumexp(torch.cat([answers, own], dim=2), dim=2) - matched).mean()
+    angle, amplitude = F.cosine_similarity(copy, victim) + 1, (copy - victim).square().sum(dim=1)
+    return discrimination + ((amplitude + 1e-6).log() - (angle + 1e-6).log()).mean()
+
+
+# ---- for stealing a classifier: the copy's logits and the victim's labels or probabilities ----
+
+
+def label_cross_entropy(copy: Tensor, victim: Tensor) -> Tensor:
+    """Cross-entropy with the answers: logits (B, C), the victim's probabilities or one-hot labels (B, C) -> scalar."""
+    return F.cross_entropy(copy, victim)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss with the hyper-parameters of the 2022 work, and the settings it takes: {its argument: the setting}."""
+    """A loss with the hyper-parameters of the 2022 work, and what it needs.
+
+    `takes` maps its further arguments to settings of `simclr.Training`; `views` is the number of rows of an image and
+    `labels` those of the batch. It needs at least `min_views` rows of an image. A loss that is about the image itself
+    and augmentations of it has the image first (`plain_first`); one with a `predictor` compares through SimSiam's two
+    heads. `augment` names the random views of a victim's training.
+    """
 
     function: Callable[..., Tensor]
     batch_size: int
     lr: float
     weight_decay: float = 1e-4
+    optimizer: str = "adam"
+    momentum: float = 0.9
     takes: Mapping[str, str] = field(default_factory=dict)
+    min_views: int = 1
+    plain_first: bool = False
+    predictor: bool = False
+    augment: str = "simclr"
 
     def __call__(self, *args: Tensor, **kwargs) -> Tensor:
         return self.function(*args, **kwargs)
 
+    @property
+    def needs_labels(self) -> bool:
+        return "labels" in self.takes.values()
+
+
+_VIEWS = {"views": "views"}
+_CONTRASTIVE = {"temperature": "temperature", **_VIEWS}
+_SOFTNN = {"temperature": "temperaturesn", **_VIEWS}
+_SUPCON = {"labels": "labels", "temperature": "temperature"}
 
 # A new loss is one function above and one row here.
 TRAIN_LOSSES = {
-    "infonce": Loss(nt_xent, 256, 3e-4, takes={"temperature": "temperature", "views": "n_views"}),
+    "infonce": Loss(nt_xent, 256, 3e-4, takes=_CONTRASTIVE, min_views=2),
+    "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, takes=_SOFTNN, min_views=2),
+    "supcon": Loss(supcon_training, 256, 0.05, optimizer="sgd", takes=_SUPCON, min_views=2),
+    "barlow": Loss(barlow, 256, 3e-4, takes=_VIEWS, min_views=2),
+    "supervised": Loss(supervised, 128, 0.1, 5e-4, "sgd", takes={"labels": "labels"}, augment="crop and flip"),
 }
 STEAL_LOSSES = {
-    "infonce": Loss(infonce, 256, 3e-4, takes={"temperature": "temperature", "views": "n_views"}),
-    "softnn": Loss(softnn, 256, 1e-3, takes={"temperature": "temperaturesn", "views": "n_views"}),
+    "infonce": Loss(infonce, 256, 3e-4, takes=_CONTRASTIVE),
+    "softnn": Loss(softnn, 256, 1e-3, takes=_SOFTNN),
+    "supcon": Loss(supcon, 256, 0.05, optimizer="sgd", takes=_SUPCON),
+    "symmetrized": Loss(symmetrized, 256, 0.05, optimizer="sgd", takes=_VIEWS, min_views=2, predictor=True),
+    "barlow": Loss(barlow_stealing, 256, 1e-3),
     "mse": Loss(mse, 64, 1e-3),
+    "cosine": Loss(cosine, 64, 1e-3),
     "softce": Loss(softce, 64, 1e-3),
+    "bce": Loss(bce, 64, 1e-3),
     "wasserstein": Loss(wasserstein, 64, 1e-3),
+    "contsteal": Loss(contsteal, 32, 3e-4, 0.0, takes=_CONTRASTIVE),
+    "stolenencoder": Loss(
+        stolenencoder,
+        64,
+        1e-3,
+        5e-4,
+        "sgd",
+        takes={**_VIEWS, "lambda_aug": "lambda_aug", "distance": "distance"},
+        plain_first=True,
+    ),
+    "rda": Loss(rda, 100, 1e-3, 0.0, takes=_CONTRASTIVE),
+}
+# Modes of steallabels.py: probabilities or labels by Adam as in the 2022 code, or by Knockoff Nets' SGD.
+LABEL_LOSSES = {
+    "direct": Loss(label_cross_entropy, 64, 3e-4, 8e-4),
+    "knockoff": Loss(label_cross_entropy, 64, 0.01, 5e-4, "sgd", 0.5),
+}
+# What stealhead.py trains a head by: its outputs for several views of each image, or the victim's true projections.
+HEAD_LOSSES = {
+    "infonce": Loss(nt_xent, 256, 1e-3, takes=_CONTRASTIVE, min_views=2),
+    "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, takes=_SOFTNN, min_views=2),
+    "mse": Loss(mse_between_views, 256, 1e-3, takes=_VIEWS, min_views=2),
+    "msewithhead": Loss(mse, 256, 1e-3),
 }

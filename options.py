@@ -1,32 +1,46 @@
-"""Flags that scripts share, presets for those not given, and the names and places of runs."""
+"""Flags that scripts share, presets for those not given, and the refusal of those that cannot act."""
 
 import argparse
 import dataclasses
-import hashlib
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 
 from data_aug.datasets import DATASETS, check_name
-from loss import Loss
+from loss import DISTANCES, TRAIN_LOSSES, Loss
 from models import ARCHITECTURES
 from simclr import Training
-from utils import Precision, UserError, choose_device, provenance
+from utils import Precision, UserError, choose_device
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations, whose errors are one line."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As always, and `given` is the set of settings that the command line has."""
+        unset = object()
+        defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
+        parsed = super().parse_args(args, argparse.Namespace(**dict.fromkeys(defaults, unset)))
+        parsed.given = {name for name in defaults if getattr(parsed, name) is not unset}
+        for name in defaults.keys() - parsed.given:
+            setattr(parsed, name, defaults[name])
+        return parsed
+
+    def flag(self, name: str) -> str:
+        """How the command line spells a setting."""
+        return next(action.option_strings[-1] for action in self._actions if action.dest == name)
 
 
 def switch(text: str) -> bool:
@@ -80,7 +94,7 @@ def add_data_options(parser: Parser, **flags: str) -> None:
         )
 
 
-def add_run_options(parser: Parser) -> None:
+def add_run_options(parser: Parser, recipe: bool = True) -> None:
     """Where and how a script runs; none of these changes what is computed."""
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -101,28 +115,66 @@ def add_run_options(parser: Parser) -> None:
     )
     add_switch(group, "--resume", False, "go on with the run of the same name, or do nothing if it is finished")
     add_switch(group, "--clear", True, "delete the log, metrics and events of an earlier run of the same name")
-    group.add_argument(
-        "--recipe",
-        choices=["standard", "released"],
-        default="standard",
-        help="released: the schedule, re-asking and evaluation protocol of the 2022 code",
-    )
+    if recipe:
+        group.add_argument(
+            "--recipe",
+            choices=["standard", "released"],
+            default="standard",
+            help="released: the schedule, re-asking and evaluation protocol of the 2022 code",
+        )
 
 
-def add_training_options(parser: Parser, losses: Mapping[str, Loss], epochs: int) -> argparse._ArgumentGroup:
+def add_training_options(
+    parser: Parser, losses: Mapping[str, Loss], epochs: int, losstype: str | None = "infonce"
+) -> argparse._ArgumentGroup:
     """Loss and optimisation. Values not given come from the loss's preset."""
-    presets = "; ".join(f"{name} {loss.batch_size}, {loss.lr:g}" for name, loss in losses.items())
-    group = parser.add_argument_group("training", f"presets of batch size and learning rate: {presets}")
-    group.add_argument("--losstype", choices=list(losses), default="infonce", help="loss")
+    presets = "; ".join(f"{name} {loss.batch_size}, {loss.lr:g}, {loss.optimizer}" for name, loss in losses.items())
+    group = parser.add_argument_group("training", f"presets of batch size, learning rate and optimizer: {presets}")
+    group.add_argument("--losstype", choices=list(losses), default=losstype, help="loss")
     group.add_argument("--epochs", metavar="N", type=count, default=epochs, help="epochs")
     group.add_argument("-b", "--batch-size", metavar="N", type=count, help="images in a batch")
-    group.add_argument("--lr", "--learning-rate", metavar="LR", type=positive, help="Adam's learning rate")
+    group.add_argument("--lr", "--learning-rate", metavar="LR", type=positive, help="learning rate")
     group.add_argument("--wd", "--weight-decay", metavar="WD", type=float, dest="weight_decay", help="weight decay")
-    group.add_argument("--temperature", metavar="T", type=positive, default=0.07, help="temperature of infonce")
-    group.add_argument("--temperaturesn", metavar="T", type=positive, default=100.0, help="temperature of softnn")
+    group.add_argument("--optimizer", choices=["adam", "sgd"], help="optimizer")
+    group.add_argument("--momentum", metavar="M", type=float, help="momentum of sgd (default: 0.9)")
+    group.add_argument(
+        "--temperature", metavar="T", type=positive, help="temperature of contrastive losses (default: 0.07)"
+    )
+    group.add_argument(
+        "--temperaturesn", "--tempsn", metavar="T", type=positive, default=100.0, help="temperature of softnn"
+    )
     group.add_argument("--flat-epochs", metavar="N", type=int, default=10, help="epochs before the cosine sets in")
     group.add_argument("--log-every-n-steps", metavar="N", type=count, default=200, help="steps between loss events")
     group.add_argument("--logdir", metavar="DIR", type=Path, help="folder for tensorboard events (default: the run's)")
+    return group
+
+
+def add_loss_options(group: argparse._ActionsContainer) -> None:
+    """Settings that only some losses of stealing take."""
+    group.add_argument(
+        "--lambda-aug", metavar="L", type=float, default=9.0, help="weight of stolenencoder's augmentations"
+    )
+    group.add_argument("--distance", choices=list(DISTANCES), default="l2", help="distance of stolenencoder")
+
+
+def add_victim_options(parser: Parser, *arch_flags: str, losses: bool = True) -> None:
+    """Which victim: its file, or what it was trained with."""
+    group = parser.add_argument_group("victim")
+    group.add_argument("--victim", metavar="PATH", type=Path, help="its checkpoint (default: found by the flags below)")
+    add_arch(group, *arch_flags, text="the victim's architecture")
+    group.add_argument("--epochstrain", metavar="N", type=count, default=200, help="epochs it was trained for")
+    if losses:
+        group.add_argument("--lossvictim", choices=list(TRAIN_LOSSES), default="infonce", help="loss it was trained by")
+
+
+def add_query_options(parser: Parser, num_queries: int | None = 9000) -> argparse._ArgumentGroup:
+    """Which images are queried, and how many queries."""
+    group = parser.add_argument_group("queries")
+    group.add_argument("--num_queries", metavar="N", type=count, default=num_queries, help="budget of the whole attack")
+    group.add_argument(
+        "--query-order", choices=["first", "random"], default="first", help="the first images, or random ones by seed"
+    )
+    add_switch(group, "--force", False, "query the train split even if it is the victim's own data set")
     return group
 
 
@@ -130,141 +182,62 @@ def add_arch(parser: argparse._ActionsContainer, *flags: str, text: str, default
     parser.add_argument(*flags, choices=list(ARCHITECTURES), default=default, help=text)
 
 
-def apply_presets(args: argparse.Namespace, losses: Mapping[str, Loss]) -> None:
-    """Give batch size, learning rate and weight decay the loss's values where the user gave none."""
-    preset = losses[args.losstype]
-    args.presets = {name: getattr(preset, name) for name in ("batch_size", "lr", "weight_decay")}
-    for name, value in args.presets.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def fill(args: argparse.Namespace, *layers: Mapping[str, object]) -> None:
+    """Give settings that the command line left open the value of the first layer that has one."""
+    for layer in layers:
+        for name, value in layer.items():
+            if getattr(args, name, value) is None:
+                setattr(args, name, value)
+            args.presets = {name: value, **getattr(args, "presets", {})}
+
+
+def of_loss(loss: Loss) -> dict[str, object]:
+    """The layer of a loss's presets."""
+    return {name: getattr(loss, name) for name in ("batch_size", "lr", "weight_decay", "optimizer", "momentum")}
+
+
+def refuse_idle(parser: Parser, args: argparse.Namespace, idle: Mapping[str, str | None]) -> None:
+    """UserError for a flag that the command line has and that cannot act; `idle` says for which settings and why."""
+    for name, reason in idle.items():
+        if reason and name in args.given:
+            raise UserError(f"{parser.flag(name)} has no effect {reason}: leave it out")
+
+
+def idle_with(loss: Loss, args: argparse.Namespace) -> dict[str, str]:
+    """Settings that only other losses or another optimizer than those chosen take, for `refuse_idle`."""
+    optional = ("temperature", "temperaturesn", "lambda_aug", "distance")
+    idle = {name: f"with the loss {args.losstype}" for name in optional if name not in loss.takes.values()}
+    return idle if args.optimizer == "sgd" else {**idle, "momentum": f"with --optimizer {args.optimizer}"}
 
 
 def in_force(args: argparse.Namespace) -> str:
     """One line with the values of the training flags that act, presets filled in."""
-    names = ("losstype", "epochs", "batch_size", "lr", "weight_decay", "n_views", "recipe", "seed")
-    return "in force: " + ", ".join(f"{name} {getattr(args, name)}" for name in names)
+    names = (
+        *("attack", "losstype", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "temperature"),
+        *("n_views", "queryaug", "prototype", "useaug", "copy_views", "recipe", "seed"),
+    )
+    return "in force: " + ", ".join(f"{name} {getattr(args, name)}" for name in names if hasattr(args, name))
 
 
 def training(args: argparse.Namespace) -> Training:
     """What the trainer takes of the flags: those of the same names."""
     names = [field.name for field in dataclasses.fields(Training)]
-    return Training(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    values = {name: getattr(args, name, None) for name in names}
+    return Training(**{name: value for name, value in values.items() if value is not None})
 
 
-def set_up(args: argparse.Namespace) -> tuple[torch.device, Precision]:
-    """Device, precision and threads as asked for. UserError when they can't be had."""
+def set_up(args: argparse.Namespace) -> Precision:
+    """Device and precision as asked for; sets the threads. UserError when they can't be had."""
     if args.fp16_precision:
         if args.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16-precision and --precision {args.precision} contradict each other: give one")
         args.precision = "fp16"
+    if "gpu_index" in args.given and args.device != "auto":
+        raise UserError(f"--gpu-index has no effect with --device {args.device}: leave it out")
     if args.workers:
         torch.set_num_threads(args.workers)
     device = choose_device(args.device, args.gpu_index)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    return device, Precision.choose(args.precision, device)
-
-
-# ---- names and places of runs ----------------------------------------------------------------------------------------
-
-# Where a run happens, not what it computes: never part of its name.
-_ELSEWHERE = {"data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir", "presets"}
-_ELSEWHERE |= {"fp16_precision", "log_every_n_steps", "victim", "stolen"}
-
-
-def run_name(
-    kind: str, parser: Parser, args: argparse.Namespace, core: Mapping[str, str], implied: Collection = ()
-) -> str:
-    """A folder name that no run with other settings has.
-
-    `core` maps settings to how they are spelt in every name, `implied` are those that the folder above stands for; any
-    other setting appears when it is not at its default or its loss's preset.
-    """
-    parts = [kind, *(str(text).format(value=getattr(args, name)) for name, text in core.items())]
-    defaults = {action.dest: action.default for action in parser._actions} | getattr(args, "presets", {})
-    for name, value in sorted(vars(args).items()):
-        if name not in {*core, *implied, *_ELSEWHERE} and value != defaults[name]:
-            parts.append(f"{name.replace('_', '')}={value}")
-    return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)
-
-
-def home_of(checkpoint: Path, root: Path) -> Path:
-    """The folder below which runs about an encoder go: its own run's, or one under `root` for a file from elsewhere."""
-    if (checkpoint.parent / "config.yml").exists():
-        return checkpoint.parent
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:8]
-    return root / f"{checkpoint.name.split('.')[0]}-{digest}"
-
-
-def configuration(kind: str, args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
-    """What config.yml says: every value in force, commit, versions and device."""
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name != "presets"
-    }
-    return {"kind": kind, "settings": settings, "provenance": provenance(device, precision)}
-
-
-def find_run(root: Path, kind: str, wanted: Mapping[str, object], preferred: Mapping[str, object]) -> Path:
-    """The checkpoint of the one run below `root` of that kind with the settings wanted.
-
-    Where several match, those with the settings preferred are taken, one setting after the other. UserError when none
-    matches, naming the runs that are there, or when several are left, naming these.
-    """
-    runs = {}
-    for config in sorted(root.rglob("config.yml")):
-        content = _read_config(config)
-        if content.get("kind") == kind and (config.parent / "checkpoint.pth.tar").exists():
-            runs[config.parent / "checkpoint.pth.tar"] = content["settings"]
-    matching = {
-        path: settings
-        for path, settings in runs.items()
-        if all(settings.get(name) == value for name, value in wanted.items())
-    }
-    for name, value in preferred.items():
-        narrower = {path: settings for path, settings in matching.items() if settings.get(name) == value}
-        matching = narrower or matching
-    asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
-    if not matching:
-        there = ", ".join(map(str, runs)) or "none"
-        raise UserError(f"no {kind} encoder with {asked} in {root}; there: {there}; or give --{kind} PATH")
-    if len(matching) > 1:
-        raise UserError(f"several {kind} encoders with {asked}: {', '.join(map(str, matching))}; give --{kind} PATH")
-    return next(iter(matching))
-
-
-def _read_config(path: Path) -> dict:
-    """A run's config.yml; empty for a file of that name that is something else."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        content = None
-    return content if isinstance(content, dict) else {}
-
-
-def check_finished(checkpoint: Mapping, path: Path) -> None:
-    """UserError when a run that was interrupted wrote the checkpoint; files of the 2022 code count as finished."""
-    wanted = checkpoint.get("settings", {}).get("epochs", checkpoint.get("epoch"))
-    if checkpoint.get("epoch") != wanted:
-        raise UserError(
-            f"{path} stopped after epoch {checkpoint['epoch']} of {wanted}: run the command that made it with --resume"
-        )
-
-
-def as_row(row: Mapping) -> str:
-    """One readable line of an evaluation's row."""
-    names = (
-        "model",
-        "arch",
-        "losstype",
-        "downstream",
-        "top1",
-        "top5",
-        "top1_converged",
-        "knn",
-        "test_images",
-        "queries",
-    )
-    return "  ".join(f"{name} {row[name]}" for name in names if row.get(name) is not None)
+    return Precision.choose(args.precision, device)

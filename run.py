@@ -1,4 +1,4 @@
-"""Train a victim: a SimCLR encoder.
+"""Train a victim: a SimCLR encoder, or one by another loss.
 
 python run.py -data ./datasets --dataset cifar10 --epochs 200 --arch resnet34
 """
@@ -6,11 +6,12 @@ python run.py -data ./datasets --dataset cifar10 --epochs 200 --arch resnet34
 from argparse import Namespace
 
 import options
+import runs
 from data_aug.datasets import channel_statistics, load_dataset, take_balanced, unlabelled_split
 from loss import TRAIN_LOSSES
 from models import build_encoder
 from simclr import SimCLR
-from utils import Run, UserError, script, seeded
+from utils import Run, script, seeded
 
 
 def parse() -> tuple[options.Parser, Namespace]:
@@ -21,39 +22,41 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_arch(parser, "-a", "--arch", text="the victim's architecture")
     parser.add_argument("--out_dim", metavar="N", type=options.count, default=128, help="width of the projections")
     training = options.add_training_options(parser, TRAIN_LOSSES, epochs=200)
-    training.add_argument("--n-views", metavar="N", type=options.count, default=2, help="random views of an image")
+    training.add_argument(
+        "--n-views", metavar="N", type=options.count, help="random views of an image (default: 2, or 1)"
+    )
     options.add_run_options(parser)
     args = parser.parse_args()
-    options.apply_presets(args, TRAIN_LOSSES)
+    loss = TRAIN_LOSSES[args.losstype]
+    options.fill(args, options.of_loss(loss), {"n_views": loss.min_views, "temperature": 0.07})
+    supervised = "with the loss supervised: the head has an output for each class"
+    idle = {"out_dim": supervised if args.losstype == "supervised" else None}
+    options.refuse_idle(parser, args, {**options.idle_with(loss, args), **idle})
     return parser, args
 
 
 @script
 def main() -> None:
     parser, args = parse()
-    if args.n_views < 2:
-        raise UserError(f"--n-views {args.n_views}: contrastive training needs at least 2 views of an image")
-    device, precision = options.set_up(args)
-    core = {
-        "dataset": "{value}",
-        "arch": "{value}",
-        "losstype": "{value}",
-        "epochs": "{value}ep",
-        "seed": "seed{value}",
-    }
-    run = Run(args.checkpoint_dir / options.run_name("victim", parser, args, core), args.logdir)
-    split = unlabelled_split(args.dataset)
+    precision = options.set_up(args)
+    core = ("dataset", "arch", "losstype", "epochs", "seed")
+    run = Run(args.checkpoint_dir / runs.run_name("victim", parser, args, core), args.logdir)
+    loss = TRAIN_LOSSES[args.losstype]
+    split = "train" if loss.needs_labels else unlabelled_split(args.dataset)
     images, labels = load_dataset(args.dataset, args.data, split)
     if args.num_train:
-        images = images[take_balanced(labels, args.num_train, args.seed)]
+        chosen = take_balanced(labels, args.num_train, args.seed)
+        images, labels = images[chosen], labels[chosen]
+    head = ("linear", int(labels.max()) + 1) if args.losstype == "supervised" else ("mlp", args.out_dim)
     with seeded(args.seed):
-        model = build_encoder(args.arch, args.out_dim, channel_statistics(images) if args.normalize else None)
-    config = options.configuration("victim", args, device, precision)
+        normalize = channel_statistics(images) if args.normalize else None
+        model = build_encoder(args.arch, max(1, head[1]), normalize, head[0])
+    config = runs.configuration("victim", args, precision)
     extra = {"kind": "victim", "settings": config["settings"], "images": len(images)}
-    print(f"victim: {args.arch} on {len(images)} images of {args.dataset} ({split}), {device}, {precision.name}")
+    print(f"victim: {args.arch} on {len(images)} images of {args.dataset} ({split}), {precision}")
     print(options.in_force(args))
-    trainer = SimCLR(model, options.training(args), run, precision, config, extra, args.resume, args.clear)
-    trainer.train(images)
+    trainer = SimCLR(model, loss, options.training(args), run, precision, config, extra, args.resume, args.clear)
+    trainer.train(images, labels)
     print(f"victim: {run.checkpoint}")
 
 

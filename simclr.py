@@ -7,41 +7,59 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_aug.augment import random_views
-from data_aug.datasets import to_float
-from loss import STEAL_LOSSES, TRAIN_LOSSES
-from models import SimCLREncoder, read_checkpoint
+from attacks import Answered, Plan, queries_of
+from data_aug.augment import crop_and_flip, random_views
+from loss import Loss
+from models import SimSiamHeads, read_checkpoint
 from models.checkpoint import load_checked
+from monitor import Watch
 from utils import Precision, Run, UserError, generator, save_checkpoint
-from victim import Victim, ask_once, image_digests
+from victim import Victim, ask_once, digest_tensor
 
-# The loss of the images at `index` (B,), random views drawn from the generator.
-BatchLoss = Callable[[Tensor, torch.Generator], Tensor]
-
-# Reading the loss off a GPU makes it wait, so there it is looked at once in so many steps; on a CPU in each.
-STEPS_BETWEEN_LOOKS = 50
+# The loss of the images at `index` (B,), random views drawn from the generator, and the features (R, D) it is of.
+BatchLoss = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Training:
     """The values in force of one training run; the flags of the scripts have the same names."""
 
-    losstype: str
     epochs: int
     batch_size: int
     lr: float
     weight_decay: float
+    optimizer: str = "adam"
+    momentum: float = 0.9
     seed: int = 0
-    n_views: int = 2
+    n_views: int = 1
+    queryaug: bool | None = None  # None: views are sent if there are several
     useaug: bool = False
+    copy_views: int = 1
+    prototype: bool = False
     temperature: float = 0.07
     temperaturesn: float = 100.0
+    lambda_aug: float = 9.0
+    distance: str = "l2"
     flat_epochs: int = 10
     recipe: str = "standard"
     log_every_n_steps: int = 200
+
+    def plan(self, loss: Loss) -> Plan:
+        """How an attack by this loss asks and shows."""
+        queryaug = self.n_views > 1 if self.queryaug is None else self.queryaug
+        return Plan(self.n_views, queryaug, self.useaug, self.copy_views, self.prototype, loss.plain_first)
+
+
+def check_plan(plan: Plan, loss: Loss) -> None:
+    """UserError when the loss cannot work on what the plan shows it."""
+    if plan.mismatch:
+        raise UserError(plan.mismatch)
+    if plan.views < loss.min_views:
+        flag = "--copy-views" if plan.useaug else "--n-views"
+        raise UserError(f"this loss compares views: {flag} {plan.views} is too few, give {loss.min_views} or more")
 
 
 def learning_rate(training: Training, epoch: int, steps_per_epoch: int) -> float:
@@ -56,15 +74,17 @@ def learning_rate(training: Training, epoch: int, steps_per_epoch: int) -> float
 
 
 class SimCLR:
-    """Trains `model`, in place, by `train(images)` or `steal(queries, victim)`, inside the folder of `run`.
+    """Trains `model`, in place, by `train`, `train_head` or `steal` and a loss, inside the folder of `run`.
 
-    `config` is what config.yml says, `extra` what every checkpoint holds besides weights and optimizer. With `resume`
-    a run that was killed goes on from its last finished epoch, and draws what it would have drawn.
+    `config` is what config.yml says, `extra` what every checkpoint holds besides weights and optimizer. `companion` are
+    heads that are trained with the model; resuming needs them, nothing else does. With `resume` a run that was killed
+    goes on from its last finished epoch, and draws what it would have drawn.
     """
 
     def __init__(
         self,
-        model: SimCLREncoder,
+        model: nn.Module,
+        loss: Loss,
         training: Training,
         run: Run,
         precision: Precision,
@@ -72,50 +92,89 @@ class SimCLR:
         extra: Mapping | None = None,
         resume: bool = False,
         clear: bool = True,
+        companion: SimSiamHeads | None = None,
     ):
         self.model = model.to(precision.device, memory_format=precision.memory_format)
-        self.training, self.run, self.precision = training, run, precision
+        self.companion = companion.to(precision.device) if companion else None
+        self.loss, self.training, self.run, self.precision = loss, training, run, precision
         self.config, self.extra, self.clear = dict(config or {}), dict(extra or {}), clear
         self.resume = resume
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
-        )
+        self.optimizer = self._optimizer()
         self.scaler = precision.grad_scaler()
         self.first_epoch = 0
         self.resumed: dict = {}
         if resume and run.checkpoint.exists():
             self._load(read_checkpoint(run.checkpoint))
 
-    # ---- the two jobs ----
+    # ---- the three jobs ----
 
-    def train(self, images: Tensor) -> None:
-        """Train on random views of uint8 images (N, 3, H, W), by a loss of `loss.TRAIN_LOSSES` on the projections."""
+    def train(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Train an encoder with a head on random views of uint8 images (N, 3, H, W), by a loss of `loss.TRAIN_LOSSES`.
+
+        Some losses need the images' labels (N,).
+        """
+        views = self.training.n_views
+        if views < self.loss.min_views:
+            raise UserError(
+                f"this loss compares views: --n-views {views} is too few, give {self.loss.min_views} or more"
+            )
+        value = self._loss_of(views, labels)
         self._check_batch(len(images))
         if not self._start():
             return
         images = images.to(self.precision.device)
-        views, loss = self.training.n_views, self._loss(TRAIN_LOSSES)
 
-        def batch_loss(index: Tensor, draws: torch.Generator) -> Tensor:
-            return loss(
-                self._run(self.model.project, random_views(images[index.repeat(views)], images.shape[-1], draws))
-            )
+        def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+            chosen = images[index.repeat(views)]
+            simple = self.loss.augment == "crop and flip"
+            shown = crop_and_flip(chosen, draws) if simple else random_views(chosen, chosen.shape[-1], draws)
+            features = self._run(self.model.project, shown)
+            return value(index, features), features
 
         self._fit(len(images), lambda epoch: batch_loss)
 
-    def steal(self, images: Tensor, victim: Victim) -> None:
-        """Train on a victim's answers to uint8 images (N, 3, H, W), by a loss of `loss.STEAL_LOSSES`.
+    def train_head(self, representations: Tensor, projections: Tensor | None = None) -> None:
+        """Train a head on representations (V * N, D), view-major, by a loss of `loss.HEAD_LOSSES`.
 
-        With one view the victim is sent the images themselves, with more so many random views of each. Every query is
-        made once and its answer reused in all epochs; the released recipe asks anew in every epoch.
+        Where the victim's own projections (V * N, out) are given, they are what the loss compares the outputs with.
         """
-        training, device = self.training, self.precision.device
-        released = training.recipe == "released"
+        views, device = self.training.n_views, self.precision.device
+        count = len(representations) // views
+        value = self._loss_of(views)
+        self._check_batch(count)
+        if not self._start():
+            return
+        given = [rows.to(device) for rows in (representations, projections) if rows is not None]
+
+        def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+            rows = torch.cat([index + view * count for view in range(views)])
+            h, *targets = (tensor[rows] for tensor in given)
+            features = self._run(self.model, h)
+            return value(index, features, *targets), features
+
+        self._fit(count, lambda epoch: batch_loss)
+
+    def steal(
+        self,
+        images: Tensor,
+        victim: Victim,
+        labels: Tensor | None = None,
+        refine: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Train on a victim's answers to uint8 images (N, 3, H, W), by a loss of `loss.STEAL_LOSSES` or `LABEL_LOSSES`.
+
+        How it asks is said in `attacks`. Every query is made once and its answer reused in all epochs; the released
+        recipe asks anew in every epoch. `labels` (N,) are for an attacker who has them and a loss that needs them.
+        `refine` turns the answers (V * N, D) into the targets (V * N, model.output_dim).
+        """
+        training, device, plan = self.training, self.precision.device, self.training.plan(self.loss)
+        check_plan(plan, self.loss)
+        value = self._loss_of(plan.views, labels)
         self._check_batch(len(images))
-        if victim.dim != self.model.dim:
+        if refine is None and victim.dim != self.model.output_dim:
             raise UserError(
-                f"the victim answers {victim.dim} numbers, a {self.model.arch} gives {self.model.dim}: "
-                f"choose --archstolen of the same width"
+                f"the victim answers {victim.dim} numbers, the copy gives {self.model.output_dim}: "
+                f"models.build_copy makes copies that fit"
             )
         if self.resumed and self.resumed["victim_version"] != victim.version:
             raise UserError(
@@ -124,36 +183,38 @@ class SimCLR:
         if not self._start():
             return
         victim.ledger.load_state_dict(self.resumed.get("ledger", {}))
-        self.extra |= {"query_digests": _digest_tensor(images), "victim_version": victim.version}
+        self.extra |= {"query_digests": digest_tensor(images), "victim_version": victim.version}
         images = images.to(device)
-        loss = self._loss(STEAL_LOSSES)
-        once = None if released else self._ask(victim, images, self.run.folder / f"answers-{victim.version}.f32")
+
+        def ask(keep: Path | None = None, epoch: int = 0) -> Answered:
+            sent = queries_of(images, plan, generator(training.seed, "query views", epoch))
+            answers = ask_once(victim, sent, keep).to(device)
+            self.extra["ledger"] = victim.ledger.state_dict()
+            summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
+            self.run.say(summary.format(**victim.ledger.summary()))
+            return Answered(images, sent, refine(answers) if refine else answers, plan)
+
+        released = training.recipe == "released"
+        once = None if released else ask(self.run.folder / f"answers-{victim.version}.f32")
 
         def losses_of(epoch: int) -> BatchLoss:
-            queries, answers = once or self._ask(victim, images, None, epoch)
+            held = once or ask(epoch=epoch)
 
-            def batch_loss(index: Tensor, draws: torch.Generator) -> Tensor:
-                rows = torch.cat([index + view * len(images) for view in range(training.n_views)])
-                seen = queries[rows]
-                seen = random_views(seen, seen.shape[-1], draws) if training.useaug else to_float(seen)
-                return loss(self._run(self.model, seen), answers[rows])
+            def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+                shown, targets = held.batch(index, draws)
+                if self.companion:
+                    features = self._run(lambda x: self.companion.predict(self.model.output(x)), shown)
+                    with torch.no_grad():
+                        targets = self._run(self.companion.project, targets)
+                else:
+                    features = self._run(self.model.output, shown)
+                return value(index, features, targets), features
 
             return batch_loss
 
         self._fit(len(images), losses_of)
         for answers_file in self.run.folder.glob("answers-*.f32"):
             answers_file.unlink()
-
-    def _ask(self, victim: Victim, images: Tensor, keep: Path | None, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Queries, uint8 (views * N, 3, H, W), and answers (views * N, dim), view-major and on the device."""
-        draws = generator(self.training.seed, "query views", epoch)
-        queries = _query_views(images, self.training.n_views, draws)
-        answers = ask_once(victim, queries, keep).to(images.device)
-        self.extra["ledger"] = victim.ledger.state_dict()
-        self.run.say(
-            "queries: {queries}, of distinct images: {distinct}, calls: {calls}".format(**victim.ledger.summary())
-        )
-        return queries, answers
 
     # ---- the one loop ----
 
@@ -163,47 +224,75 @@ class SimCLR:
         steps = count // training.batch_size
         for epoch in range(self.first_epoch, training.epochs):
             batch_loss = losses_of(epoch)
-            self.model.train()
+            self._mode(training=True)
             lr = learning_rate(training, epoch, steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             order = torch.randperm(count, generator=generator(training.seed, "order", epoch)).to(device)
             draws = generator(training.seed, "views", epoch)
-            watch = _LossWatch(self.run, epoch, steps, training.log_every_n_steps, device)
+            watch = Watch(self.run, epoch, steps, training.log_every_n_steps, device)
             started = time.perf_counter()
             with tqdm(total=steps * training.batch_size, unit="img", unit_scale=True, disable=None, leave=False) as bar:
                 bar.set_description(f"epoch {epoch + 1}/{training.epochs}")
                 for step in range(steps):
                     index = order[step * training.batch_size : (step + 1) * training.batch_size]
-                    loss = batch_loss(index, draws)
-                    watch.add(loss.detach(), lr, bar)
+                    loss, features = batch_loss(index, draws)
+                    watch.add(loss.detach(), features.detach(), lr, bar)
                     self.optimizer.zero_grad(set_to_none=True)
                     self.scaler.scale(loss).backward()
                     self.scaler.step(self.optimizer)
                     self.scaler.update()
                     bar.update(len(index))
-            mean = watch.close(lr, bar)
+            mean, spread = watch.close(lr, bar)
             seconds = time.perf_counter() - started
             self._save(epoch + 1)
-            values = {"loss": mean, "lr": lr, "images_per_second": steps * training.batch_size / seconds}
+            speed = steps * training.batch_size / seconds
+            values = {"loss": mean, "spread": spread, "lr": lr, "images_per_second": speed}
             self.run.record((epoch + 1) * steps, {"epoch": epoch, **values, "seconds": seconds})
             self.run.say(
-                f"epoch {epoch + 1}/{training.epochs}  loss {mean:.4f}  lr {lr:.3g}  "
-                f"{values['images_per_second']:.0f} images/s"
+                f"epoch {epoch + 1}/{training.epochs}  loss {mean:.4f}  spread {spread:.4f}  lr {lr:.3g}  "
+                f"{speed:.0f} images/s"
             )
         self.run.finish()
 
     # ---- its parts ----
 
-    def _loss(self, table: Mapping) -> Callable[..., Tensor]:
-        loss = table[self.training.losstype]
-        options = {argument: getattr(self.training, setting) for argument, setting in loss.takes.items()}
-        return lambda *features: loss(*features, **options)
+    def _optimizer(self) -> torch.optim.Optimizer:
+        training = self.training
+        parameters = [*self.model.parameters(), *(self.companion.parameters() if self.companion else ())]
+        options = {"lr": training.lr, "weight_decay": training.weight_decay, "fused": True}
+        if training.optimizer == "sgd":
+            return torch.optim.SGD(parameters, momentum=training.momentum, **options)
+        return torch.optim.Adam(parameters, **options)
 
-    def _run(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """Features in float32 of float images, computed in the precision chosen."""
+    def _loss_of(self, views: int, labels: Tensor | None = None) -> Callable[..., Tensor]:
+        """The loss with the settings in force: of the batch's index (B,) and features, `views` rows for each image."""
+        if self.loss.needs_labels:
+            if labels is None or (labels < 0).any():
+                raise UserError(
+                    "this loss needs labels and the images have none: choose another --losstype or data set"
+                )
+            labels = labels.to(self.precision.device)
+        settings = {**vars(self.training), "views": views}
+        fixed = {argument: settings[name] for argument, name in self.loss.takes.items() if name != "labels"}
+
+        def value(index: Tensor, *features: Tensor) -> Tensor:
+            of_batch = {"labels": labels[index]} if self.loss.needs_labels else {}
+            return self.loss(*features, **fixed, **of_batch)
+
+        return value
+
+    def _mode(self, training: bool) -> None:
+        self.model.train(training)
+        if self.companion:
+            self.companion.train(training)
+
+    def _run(self, network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Features in float32 of float images or rows, computed in the precision chosen."""
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=self.precision.memory_format)
         with self.precision.autocast():
-            features = network(images.contiguous(memory_format=self.precision.memory_format))
+            features = network(inputs)
         return features.float()
 
     def _check_batch(self, count: int) -> None:
@@ -231,70 +320,22 @@ class SimCLR:
     def _save(self, epochs_done: int) -> None:
         content = {
             "epoch": epochs_done,
-            "arch": self.model.arch,
+            "arch": getattr(self.model, "arch", None),
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "normalize": self.model.normalize,
+            "normalize": getattr(self.model, "normalize", None),
             **self.extra,
         }
+        if self.companion:
+            content["companion"] = self.companion.state_dict()
         save_checkpoint(content, self.run.checkpoint)
 
     def _load(self, checkpoint: dict) -> None:
         load_checked(self.model, checkpoint["state_dict"], str(self.run.checkpoint))
+        if self.companion:
+            load_checked(self.companion, checkpoint["companion"], str(self.run.checkpoint))
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.first_epoch = checkpoint["epoch"]
         self.resumed = checkpoint
-
-
-def _query_views(images: Tensor, views: int, draws: torch.Generator) -> Tensor:
-    """What the victim is sent, uint8 (views * N, 3, H, W), view-major: an API takes images of 8 bits."""
-    if views == 1:
-        return images
-    sent = []
-    for _ in range(views):
-        for part in images.split(1024):
-            sent.append((random_views(part, part.shape[-1], draws) * 255).round().to(torch.uint8))
-    return torch.cat(sent)
-
-
-def _digest_tensor(images: Tensor) -> Tensor:
-    """Digests of images as uint8 (N, 16): by them an evaluation knows which images were queried."""
-    return torch.frombuffer(bytearray(b"".join(image_digests(images))), dtype=torch.uint8).view(-1, 16)
-
-
-class _LossWatch:
-    """Looks at the losses of one epoch without holding up the device, and stops at one that is not finite."""
-
-    def __init__(self, run: Run, epoch: int, steps: int, log_every: int, device: torch.device):
-        self.run, self.epoch, self.steps, self.log_every = run, epoch, steps, log_every
-        self.interval = 1 if device.type == "cpu" else STEPS_BETWEEN_LOOKS
-        self.pending: list[Tensor] = []
-        self.seen: list[float] = []
-
-    def add(self, loss: Tensor, lr: float, bar: tqdm) -> None:
-        self.pending.append(loss)
-        if len(self.pending) >= self.interval:
-            self._look(lr, bar)
-
-    def _look(self, lr: float, bar: tqdm) -> None:
-        for value in torch.stack(self.pending).tolist():
-            step = len(self.seen)
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the loss is {value} at step {step + 1} of {self.steps} in epoch {self.epoch + 1}: "
-                    f"give a smaller --lr (now {lr:.3g}) or a larger --temperature; "
-                    f"{self.run.folder} keeps what was finished before this epoch"
-                )
-            self.seen.append(value)
-            if (self.epoch * self.steps + step) % self.log_every == 0:
-                self.run.scalars(self.epoch * self.steps + step, {"step/loss": value, "step/lr": lr})
-        self.pending.clear()
-        bar.set_postfix(loss=f"{self.seen[-1]:.4f}", lr=f"{lr:.3g}")
-
-    def close(self, lr: float, bar: tqdm) -> float:
-        """The mean loss of the epoch."""
-        if self.pending:
-            self._look(lr, bar)
-        return sum(self.seen) / len(self.seen)

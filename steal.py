@@ -4,91 +4,97 @@ python steal.py -data ./datasets --dataset cifar10 --datasetsteal svhn --arch re
 """
 
 from argparse import Namespace
-from pathlib import Path
 
 import options
-from data_aug.datasets import load_queries
-from loss import STEAL_LOSSES, TRAIN_LOSSES
-from models import build_encoder, read_checkpoint
-from models.checkpoint import encoder_from_checkpoint
-from simclr import SimCLR
-from utils import Run, UserError, script, seeded
-from victim import Victim
+import runs
+from attacks import ATTACKS
+from loss import STEAL_LOSSES
+from models import SimSiamHeads, build_copy
+from simclr import SimCLR, check_plan
+from utils import UserError, script, seeded
+from victim import Service, Victim
 
 
 def parse() -> tuple[options.Parser, Namespace]:
     parser = options.Parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--attack",
+        choices=list(ATTACKS),
+        default="direct",
+        help="published attack whose settings fill in what is not given",
+    )
     options.add_data_options(
         parser, dataset="data set that the victim was trained on", datasetsteal="data set that the queries are from"
     )
-    options.add_switch(parser, "--force", False, "query the train split even if it is the victim's own data set")
-    victim = parser.add_argument_group("victim")
-    victim.add_argument(
-        "--victim", metavar="PATH", type=Path, help="its checkpoint (default: found by the flags below)"
+    options.add_victim_options(parser, "-a", "--arch")
+    options.add_switch(parser, "--victimhead", False, "the victim answers projections instead of representations")
+    queries = options.add_query_options(parser, num_queries=None)
+    queries.add_argument("--n-views", metavar="N", type=options.count, help="queries for each image")
+    options.add_switch(queries, "--queryaug", None, "send random views (default: with several queries for an image)")
+    options.add_switch(
+        queries, "--prototype", None, "the mean answer to an image's queries is the target of all its views"
     )
-    options.add_arch(victim, "-a", "--arch", text="the victim's architecture")
-    victim.add_argument("--epochstrain", metavar="N", type=options.count, default=200, help="epochs it was trained for")
-    victim.add_argument("--lossvictim", choices=list(TRAIN_LOSSES), default="infonce", help="loss it was trained with")
-    options.add_arch(parser, "--archstolen", text="the copy's architecture")
-    parser.add_argument(
-        "--num_queries", metavar="N", type=options.count, default=9000, help="budget of the whole attack"
-    )
-    training = options.add_training_options(parser, STEAL_LOSSES, epochs=100)
+    options.add_arch(parser, "--archstolen", text="the copy's architecture (default: resnet34)", default=None)
+    options.add_switch(parser, "--stolenhead", False, "the copy matches the answers through a head of its own")
+    training = options.add_training_options(parser, STEAL_LOSSES, epochs=100, losstype=None)
+    options.add_loss_options(training)
     training.add_argument(
-        "--n-views",
-        metavar="N",
-        type=options.count,
-        default=1,
-        help="1 queries images as they are, N > 1 N views of each",
+        "--out_dim", metavar="N", type=options.count, default=512, help="width of symmetrized's heads"
     )
-    options.add_switch(training, "--useaug", False, "augment what the copy sees; the victim saw the image as it was")
+    options.add_switch(training, "--useaug", None, "the copy sees random views of its own, not what the victim saw")
+    training.add_argument("--copy-views", metavar="N", type=options.count, help="how many of them (default: --n-views)")
     options.add_run_options(parser)
     args = parser.parse_args()
-    options.apply_presets(args, STEAL_LOSSES)
+    complete(parser, args)
     return parser, args
+
+
+def complete(parser: options.Parser, args: Namespace) -> None:
+    """Fill in what the command line left open: the attack's values, the loss's, then those of the 2022 code."""
+    attack = ATTACKS[args.attack]
+    options.fill(args, attack, {"losstype": "infonce"})
+    loss = STEAL_LOSSES[args.losstype]
+    general = {"archstolen": "resnet34", "num_queries": 9000, "temperature": 0.07, "prototype": False, "useaug": False}
+    options.fill(args, options.of_loss(loss), general, {"n_views": loss.min_views})
+    paired = args.n_views if args.useaug and not args.prototype else loss.min_views
+    options.fill(args, {"queryaug": args.n_views > 1, "copy_views": paired})
+    options.refuse_idle(
+        parser,
+        args,
+        {
+            **options.idle_with(loss, args),
+            "copy_views": None if args.useaug else "without --useaug: the copy sees what was sent",
+            "prototype": None if args.n_views > 1 else "with one query for each image",
+            "out_dim": None if loss.predictor else f"with the loss {args.losstype}: heads are as wide as an answer",
+            "force": None if args.dataset == args.datasetsteal else f"on another data set than {args.dataset}",
+        },
+    )
 
 
 @script
 def main() -> None:
     parser, args = parse()
-    device, precision = options.set_up(args)
-    wanted = {"dataset": args.dataset, "arch": args.arch, "epochs": args.epochstrain, "losstype": args.lossvictim}
-    preferred = {"seed": args.seed, "recipe": args.recipe}
-    path = args.victim or options.find_run(args.checkpoint_dir, "victim", wanted, preferred)
-    checkpoint = read_checkpoint(path)
-    options.check_finished(checkpoint, path)
-    trained_on = checkpoint.get("settings", {}).get("dataset", args.dataset)
-    if trained_on != args.dataset:
-        raise UserError(f"{path} was trained on {trained_on}, not {args.dataset}: give --dataset {trained_on}")
-    encoder = encoder_from_checkpoint(checkpoint, str(path), args.arch)
-
-    pool, split = load_queries(args.datasetsteal, args.dataset, args.data, args.force)
-    needed = args.num_queries // args.n_views
-    if needed > len(pool):
-        raise UserError(
-            f"{args.num_queries} queries with {args.n_views} view{'s' * (args.n_views > 1)} of an image need {needed} "
-            f"images, the {split} split of {args.datasetsteal} has {len(pool)} to query: lower --num_queries"
-        )
-    images = pool[:needed]
+    loss, training = STEAL_LOSSES[args.losstype], options.training(args)
+    check_plan(training.plan(loss), loss)
+    precision = options.set_up(args)
+    path, _, encoder = runs.open_victim(args)
+    if args.victimhead and not encoder.has_head:
+        raise UserError(f"{path} has no projection head: leave out --victimhead")
+    queries = runs.queries_of(args, args.n_views)
     # The released recipe asks everything again in every epoch: that is what its budget has to cover.
     rounds = args.epochs if args.recipe == "released" else 1
-    victim = Victim(encoder.to(device), budget=args.num_queries * rounds, precision=precision)
+    service = Service(encoder.to(precision.device), "projections" if args.victimhead else "representations")
+    victim = Victim(service, budget=args.num_queries * rounds, precision=precision)
     with seeded(args.seed):
-        model = build_encoder(args.archstolen, normalize=encoder.normalize)
+        model = build_copy(args.archstolen, victim.dim, encoder.normalize, args.stolenhead)
+        companion = SimSiamHeads(victim.dim, args.out_dim) if loss.predictor else None
 
-    core = {"datasetsteal": "{value}", "archstolen": "{value}", "losstype": "{value}", "num_queries": "{value}q"}
-    core |= {"epochs": "{value}ep", "seed": "seed{value}"}
-    implied = ("dataset", "arch", "epochstrain", "lossvictim")
-    name = options.run_name("stolen", parser, args, core, implied)
-    run = Run(options.home_of(path, args.checkpoint_dir) / name, args.logdir)
-    config = options.configuration("stolen", args, device, precision)
-    config["settings"]["victim"] = str(path)
-    query_set = {"dataset": args.datasetsteal, "split": split, "images": len(images)}
-    extra = {"kind": "stolen", "settings": config["settings"], "query_set": query_set}
-    print(f"victim: {path}\ncopy: {args.archstolen}, {len(images)} images of {args.datasetsteal} ({split}), {device}")
-    print(options.in_force(args))
-    trainer = SimCLR(model, options.training(args), run, precision, config, extra, args.resume, args.clear)
-    trainer.steal(images, victim)
+    core = ("datasetsteal", "archstolen", "losstype")
+    run, config, extra = runs.open_copy(parser, args, core, path, queries, precision)
+    if loss.needs_labels:
+        print(f"{args.losstype}: this attacker has the true labels of the images queried")
+    trainer = SimCLR(model, loss, training, run, precision, config, extra, args.resume, args.clear, companion)
+    trainer.steal(queries.images, victim, queries.labels)
     print(f"copy: {run.checkpoint}")
 
 

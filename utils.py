@@ -110,6 +110,9 @@ class Precision:
             raise UserError(f"precision fp16 needs a CUDA device, this is {device}: give --precision bf16 or fp32")
         return cls(name, device)
 
+    def __str__(self) -> str:
+        return f"{self.device}, {self.name}"
+
     def autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.name == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
@@ -148,8 +151,9 @@ def save_checkpoint(content: Mapping, path: Path) -> None:
             raise UserError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from None
 
 
-def provenance(device: torch.device, precision: Precision) -> dict[str, str]:
+def provenance(precision: Precision) -> dict[str, str]:
     """What a result's row says of where it comes from: command, commit, versions, device."""
+    device = precision.device
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -201,7 +205,7 @@ class Run:
             for old in [self.folder / "run.log", self.metrics, *self._events.glob("events.out.tfevents.*")]:
                 old.unlink(missing_ok=True)
         if from_epoch and self.metrics.exists():
-            kept = [record for record in self.records() if record["epoch"] < from_epoch]
+            kept = [record for record in self.records() if record.get("epoch", from_epoch) < from_epoch]
             with atomic_path(self.metrics) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         with atomic_path(self.folder / "config.yml") as temporary:
@@ -230,7 +234,8 @@ class Run:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Send numbers to tensorboard only."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            if self._writer is not None:
+                self._writer.add_scalar(name, value, step)
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl so far; a last line cut off by a kill is left out."""
@@ -244,6 +249,7 @@ class Run:
         """Flush and close the log and the events."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
         for handler in list(self._logger.handlers):
             handler.close()
             self._logger.removeHandler(handler)

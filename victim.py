@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_aug.datasets import to_float
+from models import SimCLREncoder
 from utils import Precision, UserError
 
 # A defence takes the answers (B, D), the images as the encoder saw them and the account's name, and gives the answers
@@ -29,6 +31,11 @@ def image_digests(images: Tensor) -> list[bytes]:
     """A 16-byte digest for each image (N, 3, H, W): equal for equal pixels, whether uint8 or float in [0, 1]."""
     rows = to_float(images).cpu().contiguous().numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+def digest_tensor(images: Tensor) -> Tensor:
+    """`image_digests` as uint8 (N, 16), as checkpoints keep them: so an evaluation knows which images were queried."""
+    return torch.frombuffer(bytearray(b"".join(image_digests(images))), dtype=torch.uint8).view(-1, 16)
 
 
 @dataclass
@@ -98,8 +105,37 @@ class Ledger:
             self.accounts[name] = Account(entry["queries"], entry["calls"], images)
 
 
+class Service(nn.Module):
+    """What an API makes of an encoder: images (B, 3, H, W) -> answers (B, dim).
+
+    `sells` says what an answer is: `representations` h, `projections` z, `both` of them side by side, or of the linear
+    `classifier` on h the `probabilities` or the `labels` (rows of 0 with a 1).
+    """
+
+    def __init__(self, encoder: SimCLREncoder, sells: str = "representations", classifier: nn.Linear | None = None):
+        super().__init__()
+        self.encoder, self.sells, self.classifier = encoder, sells, classifier
+
+    @property
+    def dim(self) -> int:
+        if self.classifier is not None:
+            return self.classifier.out_features
+        widths = {"representations": self.encoder.dim, "projections": self.encoder.out_dim}
+        return widths.get(self.sells) or sum(widths.values())
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.encoder(images)
+        if self.classifier is not None:
+            logits = self.classifier(h).float()
+            return logits.softmax(dim=1) if self.sells == "probabilities" else F.one_hot(logits.argmax(dim=1), self.dim)
+        if self.sells == "representations":
+            return h
+        z = self.encoder.backbone.fc(h)
+        return z if self.sells == "projections" else torch.cat([h, z], dim=1)
+
+
 class Victim:
-    """An encoder behind an API: who holds this object sees answers only.
+    """An encoder, or a `Service` of one, behind an API: who holds this object sees answers only.
 
     The encoder is copied, set to eval mode and detached from autograd, so that nothing that happens here or to the
     original changes it. `budget` is the most queries that are answered over the object's life; None sets no limit.

@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from benchmarks import alternate, machine
 from data_aug.datasets import load_dataset
-from loss import nt_xent
+from loss import TRAIN_LOSSES, nt_xent
 from models import build_encoder
 from options import Parser
 from simclr import SimCLR, Training
@@ -72,9 +72,9 @@ def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.d
 
 def our_training(arch: str, images: Tensor, batch_size: int, device: torch.device, folder: Path):
     """A function that trains one more epoch with the project's trainer."""
-    training = Training(losstype="infonce", epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4)
-    model = build_encoder(arch, out_dim=128)
-    trainer = SimCLR(model, training, Run(folder / arch), Precision.choose("auto", device))
+    training = Training(epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4, n_views=2)
+    model, precision = build_encoder(arch, out_dim=128), Precision.choose("auto", device)
+    trainer = SimCLR(model, TRAIN_LOSSES["infonce"], training, Run(folder / arch), precision)
 
     def epoch() -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -117,6 +117,22 @@ def random_views(images: Tensor, size: int, generator: torch.Generator) -> Tenso
     return apply_views(images, draw_views(len(images), *images.shape[-2:], size, generator))
 
 
+def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """The views of supervised training: a crop of the image's size out of it with a black border, mirrored or not.
+
+    images uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1]; every image has its own draws, made on the CPU.
+    """
+    _check_images(images)
+    count, _, height, width = images.shape
+    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
+    flip = torch.rand(count, 1, generator=generator) < FLIP_RATE
+    columns = left + torch.where(flip, torch.arange(width).flip(0), torch.arange(width))
+    rows, columns = (_send(x, images.device) for x in (top + torch.arange(height), columns))
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
+
+
 def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 of shape (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")

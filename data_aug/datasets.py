@@ -117,22 +117,22 @@ def load_dataset(name: str, root: str | Path = "datasets", split: str = "train")
     return source.load(name, root, split)
 
 
-def load_queries(name: str, victim_dataset: str, root: str | Path, force: bool = False) -> tuple[Tensor, str]:
-    """An attacker's images, uint8 (N, 3, 32, 32), and the split they are from.
+def load_queries(name: str, victim_dataset: str, root: str | Path, force: bool = False) -> tuple[Tensor, Tensor, str]:
+    """An attacker's images, uint8 (N, 3, H, W), their labels (N,) and the split they are from.
 
     Of the victim's own data set the attacker gets the test split without its last HELD_OUT images, which are kept for
     the evaluation; of another one, or with `force`, the split that encoders are trained on.
     """
     if name != victim_dataset or force:
         split = unlabelled_split(name)
-        return load_dataset(name, root, split)[0], split
-    images, _ = load_dataset(name, root, "test")
+        return *load_dataset(name, root, split), split
+    images, labels = load_dataset(name, root, "test")
     if len(images) <= HELD_OUT:
         raise UserError(
             f"the test split of {name} has {len(images)} images and its last {HELD_OUT} are kept for the evaluation: "
             f"query another data set, or its train split with --force"
         )
-    return images[:-HELD_OUT], "test"
+    return images[:-HELD_OUT], labels[:-HELD_OUT], "test"
 
 
 def take_balanced(labels: Tensor, count: int, seed: int = 0) -> Tensor:

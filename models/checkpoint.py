@@ -99,11 +99,11 @@ def encoder_from_checkpoint(checkpoint: Mapping, source: str = "checkpoint", arc
         raise UserError(f"{source} holds a {found}, not a {arch}: give --arch {found} or another checkpoint")
     else:
         wanted = found
-    # The head's layout is read off the file: (Linear, ReLU, Linear), or with a BatchNorm after the first Linear.
-    batch_norm = "backbone.fc.3.weight" in state
-    last = state.get("backbone.fc.3.weight" if batch_norm else "backbone.fc.2.weight")
+    # The head's kind is read off the file: by its last layer.
+    last_layers = {"linear": "backbone.fc.weight", "mlp-bn": "backbone.fc.3.weight", "mlp": "backbone.fc.2.weight"}
+    head, last = next(((kind, state[key]) for kind, key in last_layers.items() if key in state), ("mlp", None))
     with seeded(0):  # only so that reading a file leaves the global generator alone
-        encoder = build_encoder(wanted, None if last is None else len(last), checkpoint.get("normalize"), batch_norm)
+        encoder = build_encoder(wanted, None if last is None else len(last), checkpoint.get("normalize"), head)
     load_checked(encoder, state, source)
     return encoder.eval()
 

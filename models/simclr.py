@@ -16,9 +16,15 @@ ARCHITECTURES = {
 }
 
 
-def projection_head(dim: int, out_dim: int, batch_norm: bool = False) -> nn.Sequential:
-    """The head g: Linear(dim, dim), [BatchNorm], ReLU, Linear(dim, out_dim) (Chen et al., ICML 2020, section 2)."""
-    norm = [nn.BatchNorm1d(dim)] if batch_norm else []
+def projection_head(dim: int, out_dim: int, kind: str = "mlp") -> nn.Module:
+    """The head g from h (B, dim) to z (B, out_dim), of one of three kinds.
+
+    `mlp` is Linear(dim, dim), ReLU, Linear(dim, out_dim) (Chen et al., ICML 2020, section 2), `mlp-bn` the same with a
+    BatchNorm before the ReLU, `linear` one Linear: a classifier, or the map from a copy's width to its victim's.
+    """
+    if kind == "linear":
+        return nn.Linear(dim, out_dim)
+    norm = [nn.BatchNorm1d(dim)] if kind == "mlp-bn" else []
     return nn.Sequential(nn.Linear(dim, dim), *norm, nn.ReLU(), nn.Linear(dim, out_dim))
 
 
@@ -60,7 +66,13 @@ class SimCLREncoder(nn.Module):
     @property
     def out_dim(self) -> int | None:
         """Width of the projection z; None without a head."""
-        return self.backbone.fc[-1].out_features if self.has_head else None
+        head = self.backbone.fc
+        return (head[-1] if isinstance(head, nn.Sequential) else head).out_features if self.has_head else None
+
+    @property
+    def output_dim(self) -> int:
+        """Width of `output`."""
+        return self.out_dim or self.dim
 
     def forward(self, images: Tensor) -> Tensor:
         if self.normalize:
@@ -73,17 +85,39 @@ class SimCLREncoder(nn.Module):
             raise ValueError("this encoder has no projection head: it was stolen through its representations")
         return self.backbone.fc(self(images))
 
+    def output(self, images: Tensor) -> Tensor:
+        """What a copy shows of itself in training (B, output_dim): z where there is a head, h where not."""
+        return self.project(images) if self.has_head else self(images)
+
 
 def build_encoder(
     arch: str,
     out_dim: int | None = None,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-    batch_norm_head: bool = False,
+    head: str = "mlp",
 ) -> SimCLREncoder:
     """A new encoder with PyTorch's default initialisation, drawn from the global generator (see utils.seeded).
 
-    `out_dim` None leaves the projection head out. KeyError for an unknown `arch`; ARCHITECTURES names them.
+    `out_dim` None leaves the head out, whose kinds `projection_head` lists. KeyError for an unknown `arch`;
+    ARCHITECTURES names them.
     """
     backbone = ARCHITECTURES[arch]()
-    head = None if out_dim is None else projection_head(backbone.dim, out_dim, batch_norm_head)
-    return SimCLREncoder(backbone, arch, head, normalize)
+    fc = None if out_dim is None else projection_head(backbone.dim, out_dim, head)
+    return SimCLREncoder(backbone, arch, fc, normalize)
+
+
+def build_copy(
+    arch: str,
+    width: int,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    head: bool = False,
+) -> SimCLREncoder:
+    """A new encoder whose `output` has the width of a victim's answers.
+
+    With `head` it gets a projection head of its own (Linear, ReLU, Linear); without, its representation is the output,
+    or where that has another width, a linear map of it. Heads are trained with the copy and left out of its evaluation.
+    """
+    copy = build_encoder(arch, width if head else None, normalize)
+    if not head and copy.dim != width:
+        copy.backbone.fc = projection_head(copy.dim, width, "linear")
+    return copy

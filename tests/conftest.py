@@ -54,3 +54,57 @@ def run_script(tmp_path):
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data root with a little cifar10 (1,040 test images), svhn and mnist as npz files."""
+    root = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    for name, train, test in (("cifar10", 64, 1040), ("svhn", 48, 32), ("mnist", 40, 24)):
+        arrays = {}
+        for split, number in (("train", train), ("test", test)):
+            arrays[f"x_{split}"] = draw.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
+            arrays[f"y_{split}"] = np.arange(number) % 10
+        np.savez(root / f"{name}.npz", **arrays)
+    return root
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, data, tmp_path):
+    """Calls a script's main() in this process; returns (exit code, output, errors). Runs go to <tmp>/checkpoints."""
+
+    def run_main(module, *arguments, folder=tmp_path):
+        line = [
+            f"{module.__name__}.py",
+            "-data",
+            str(data),
+            "--checkpoint-dir",
+            str(folder / "checkpoints"),
+            *arguments,
+        ]
+        monkeypatch.setattr(sys, "argv", list(map(str, line)))
+        capsys.readouterr()
+        try:
+            module.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run_main
+
+
+@pytest.fixture
+def refused(call):
+    """Calls a script that must refuse, and returns the one line with which it does."""
+
+    def refusal(module, *arguments, **options):
+        code, _, err = call(module, *arguments, **options)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return refusal

@@ -194,13 +194,14 @@ def test_export_and_back(write_npz, tmp_path):
 
 def test_queries_of_the_victims_own_set_leave_the_last_thousand(write_npz, tmp_path):
     write_npz("cifar10", train=40, test=1010)
-    test, _ = load_dataset("cifar10", tmp_path, "test")
-    images, split = load_queries("cifar10", "cifar10", tmp_path)
+    test, test_labels = load_dataset("cifar10", tmp_path, "test")
+    images, labels, split = load_queries("cifar10", "cifar10", tmp_path)
     assert split == "test"
     assert torch.equal(images, test[:10])
+    assert torch.equal(labels, test_labels[:10])
     for options in ({"victim_dataset": "svhn"}, {"victim_dataset": "cifar10", "force": True}):
-        images, split = load_queries("cifar10", root=tmp_path, **options)
-        assert (len(images), split) == (40, "train")
+        images, labels, split = load_queries("cifar10", root=tmp_path, **options)
+        assert (len(images), len(labels), split) == (40, 40, "train")
 
 
 def test_queries_of_a_small_test_split(write_npz, tmp_path):

@@ -22,7 +22,9 @@ def parse(module, line, monkeypatch):
 def test_commands_find_what_the_ones_before_made(monkeypatch):
     victim = parse(run, demo.TRAIN, monkeypatch)
     copy = parse(steal, demo.STEAL, monkeypatch)
-    judge = parse(linear_eval, f"{demo.JUDGE} --modeltype stolen {demo.COPY} --losstype mse", monkeypatch)
+    judge = parse(
+        linear_eval, f"{demo.JUDGE} --modeltype stolen --dataset shapes {demo.COPY} --losstype mse", monkeypatch
+    )
     assert (copy.dataset, copy.arch, copy.epochstrain) == (victim.dataset, victim.arch, victim.epochs)
     assert (judge.epochs, judge.num_queries, judge.datasetsteal) == (copy.epochs, copy.num_queries, copy.datasetsteal)
     assert copy.num_queries == demo.QUERIES

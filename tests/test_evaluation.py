@@ -1,42 +1,30 @@
-"""Linear evaluation and nearest neighbours against libraries and hand-made cases; the encoder never changes."""
+"""Evaluation leaves the encoder as it was; closeness of two encoders against slow formulas; which images are tested."""
 
 import copy
 
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from evaluation import (
+    agreement,
+    compare,
     count_queried,
     evaluate,
+    fidelity,
     frozen,
-    knn_accuracy,
-    linear_probe,
-    logistic_regression,
+    linear_cka,
+    load_test,
+    neighbour_overlap,
     released_probe,
     represent,
-    topk_accuracy,
 )
-from utils import Precision, seeded
-from victim import image_digests
+from models import build_encoder
+from utils import Precision, UserError, seeded
+from victim import digest_tensor
 
 FP32 = Precision("fp32", torch.device("cpu"))
-
-
-@pytest.fixture
-def clusters():
-    """Representations of four overlapping classes: train and test."""
-    draw = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 10, generator=draw)
-
-    def sample(number):
-        labels = torch.randint(0, 4, (number,), generator=draw)
-        scale = torch.logspace(-2, 2, 10)  # very different scales: standardising matters
-        return (centres[labels] + 1.2 * torch.randn(number, 10, generator=draw)) * scale, labels
-
-    return sample(600), sample(400)
 
 
 def test_representations_in_batches_are_those_of_single_images(encoder, images):
@@ -63,97 +51,11 @@ def test_a_changed_encoder_is_noticed(encoder, images):
         change_it()
 
 
-def test_topk_accuracy():
-    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [3, 2, 1, 0]])
-    labels = torch.tensor([0, 0, 1])
-    assert topk_accuracy(logits, labels) == pytest.approx(100 / 3)
-    assert topk_accuracy(logits, labels, 2) == pytest.approx(200 / 3)
-    assert topk_accuracy(logits, labels, 5) == 100
-
-
-def test_converged_regression_agrees_with_scikit_learn(clusters):
-    (features, labels), (test_features, test_labels) = clusters
-    probe = logistic_regression(*clusters)
-    mean, std = features.mean(dim=0), features.std(dim=0)
-    # Ours penalises strength / 2 |w|^2 against the mean loss, theirs |w|^2 / 2 against C times the sum.
-    reference = LogisticRegression(C=1 / (probe.scores["strength"] * len(features)), tol=1e-8, max_iter=5000)
-    reference.fit(((features - mean) / std).numpy(), labels.numpy())
-    expected = torch.from_numpy(reference.decision_function(((test_features - mean) / std).numpy()))
-    logits = test_features @ probe.weight.T + probe.bias
-    difference = logits.softmax(dim=1) - expected.softmax(dim=1)
-    assert difference.abs().max() < 0.01
-    accuracy = 100 * (expected.argmax(dim=1) == test_labels).float().mean().item()
-    assert probe.scores["top1"] == pytest.approx(accuracy, abs=0.5)
-
-
-def test_strength_is_chosen_on_held_out_images_only(clusters):
-    train, (features, labels) = clusters
-    strength = logistic_regression(train, (features, labels)).scores["strength"]
-    assert logistic_regression(train, (features.flip(0), labels)).scores["strength"] == strength
-
-
-def test_regression_of_pure_noise_prefers_a_strong_penalty():
-    draw = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(300, 200, generator=draw), torch.randint(0, 10, (300,), generator=draw)
-    assert logistic_regression((features, labels), (features, labels)).scores["strength"] >= 1e-3
-
-
-def test_linear_probe_is_adam_on_cross_entropy(clusters):
-    """One epoch of one batch against the step written out, with the 2022 weight decay."""
-    (features, labels), test = clusters
-    probe = linear_probe((features, labels), test, lr=0.1, epochs=1, batch_size=600)
-    with seeded(0, "probe"):
-        layer = nn.Linear(10, 4)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, weight_decay=8e-4)
-    nn.functional.cross_entropy(layer(features), labels).backward()
-    optimizer.step()
-    torch.testing.assert_close(probe.weight, layer.weight.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(probe.bias, layer.bias.detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_linear_probe_reports_its_last_epoch(clusters):
-    seen = []
-    probe = linear_probe(*clusters, lr=0.01, epochs=5, each_epoch=lambda epoch, scores: seen.append((epoch, scores)))
-    assert [epoch for epoch, _ in seen] == [0, 1, 2, 3, 4]
-    assert probe.scores == seen[-1][1]
-    features, labels = clusters[1]
-    logits = features @ probe.weight.T + probe.bias
-    assert probe.scores["top1"] == pytest.approx(topk_accuracy(logits, labels))
-
-
-def test_linear_probe_repeats_by_seed(clusters):
-    first, second, third = (linear_probe(*clusters, epochs=2, seed=seed).weight for seed in (0, 0, 1))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, third)
-
-
-def slow_knn(train, test, k, temperature=0.1):
-    (features, labels), (test_features, test_labels) = train, test
-    search = NearestNeighbors(n_neighbors=k, metric="cosine").fit(features.numpy())
-    distances, neighbours = search.kneighbors(test_features.numpy())
-    correct = 0
-    for row, index, truth in zip(distances, neighbours, test_labels, strict=True):
-        votes = torch.zeros(4, dtype=torch.float64)
-        for distance, i in zip(row, index, strict=True):
-            votes[labels[i]] += torch.exp(torch.tensor((1 - distance) / temperature))
-        correct += int(votes.argmax() == truth)
-    return 100 * correct / len(test_labels)
-
-
-@pytest.mark.parametrize("k", [1, 20, 200])
-def test_knn_agrees_with_scikit_learn(clusters, k):
-    assert knn_accuracy(*clusters, k=k) == pytest.approx(slow_knn(*clusters, k=k), abs=0.5)
-
-
-def test_knn_with_fewer_images_than_k():
-    features, labels = torch.eye(4), torch.arange(4)
-    assert knn_accuracy((features, labels), (features, labels), k=200) == 100
-
-
 def test_evaluate_gives_every_figure_and_counts_all_test_images(encoder, images):
     labels = torch.arange(12) % 3
     before = copy.deepcopy(encoder.state_dict())
-    scores, probe = evaluate(encoder, (images, labels), (images[:7], labels[:7]), 1e-3, FP32)
+    h = represent(encoder, images)
+    scores, probe = evaluate((h, labels), (h[:7], labels[:7]), 1e-3)
     assert set(scores) == {"top1", "top5", "top1_converged", "strength", "knn"}
     for name in ("top1", "top1_converged", "knn"):
         assert (scores[name] * 7 / 100) == pytest.approx(round(scores[name] * 7 / 100), abs=1e-4)
@@ -187,6 +89,122 @@ def test_released_protocol_uses_batch_statistics_and_batch_means(encoder, images
 
 
 def test_count_queried(images):
-    digests = torch.frombuffer(bytearray(b"".join(image_digests(images[:8]))), dtype=torch.uint8).view(-1, 16)
+    digests = digest_tensor(images[:8])
     assert count_queried(images[6:], digests) == 2
     assert count_queried(images[8:], digests) == 0
+
+
+# ---- how close a copy is ----
+
+
+@pytest.fixture
+def pair():
+    """Representations of the same 60 images by two encoders of different widths."""
+    draw = torch.Generator().manual_seed(1)
+    a = torch.randn(60, 12, generator=draw)
+    return a, a[:, :7] + torch.randn(60, 7, generator=draw)
+
+
+def slow_cka(a, b):
+    """Kornblith et al., equation 3 on the Gram matrices: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))."""
+    centre = torch.eye(len(a), dtype=torch.float64) - 1 / len(a)
+    k, m = (centre @ (x.double() @ x.double().T) @ centre for x in (a, b))
+    return float((k @ m).trace() / ((k @ k).trace() * (m @ m).trace()).sqrt())
+
+
+def test_linear_cka_is_that_of_gram_matrices(pair):
+    assert linear_cka(*pair) == pytest.approx(slow_cka(*pair), rel=1e-6)
+    assert 0.1 < linear_cka(*pair) < 0.9
+
+
+def test_linear_cka_ignores_turning_scaling_and_shifting(pair):
+    a, _ = pair
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(2)))[0]
+    assert linear_cka(a, 3 * a @ turn + 5) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("neighbours", [1, 10])
+def test_neighbour_overlap_agrees_with_scikit_learn(pair, neighbours):
+    def nearest(features):
+        search = NearestNeighbors(n_neighbors=neighbours, metric="cosine").fit(features.numpy())
+        return search.kneighbors(return_distance=False)  # without arguments an image is not its own neighbour
+
+    common = [len(set(p) & set(q)) for p, q in zip(*map(nearest, pair), strict=True)]
+    assert neighbour_overlap(*pair, neighbours) == pytest.approx(100 * sum(common) / (60 * neighbours))
+
+
+def test_neighbour_overlap_of_more_than_a_block_and_of_few_images():
+    features = torch.randn(1500, 3, generator=torch.Generator().manual_seed(0))
+    assert neighbour_overlap(features, 2 * features) == 100
+    assert neighbour_overlap(features, features.flip(0)) < 10
+    assert neighbour_overlap(features[:4], features[:4]) == 100
+
+
+def test_fidelity_written_out(pair):
+    a, b = pair
+    mapped = a[:, :7]
+    figures = fidelity(a, b, mapped)
+    distances = [float((x - y).square().sum().sqrt()) for x, y in zip(mapped, b, strict=True)]
+    cosines = [float(x @ y / (x.norm() * y.norm())) for x, y in zip(mapped, b, strict=True)]
+    assert figures["l2"] == pytest.approx(sum(distances) / 60, rel=1e-5)
+    assert figures["cosine"] == pytest.approx(1 - sum(cosines) / 60, rel=1e-4)
+    assert figures["cka"] == linear_cka(a, b)
+    assert figures["overlap"] == neighbour_overlap(a, b)
+    assert set(fidelity(a, b)) == {"cka", "overlap"}  # other widths have no distance
+
+
+def test_fidelity_of_a_perfect_copy(pair):
+    figures = fidelity(pair[0], pair[0])
+    assert figures == pytest.approx({"l2": 0, "cosine": 0, "cka": 1, "overlap": 100}, abs=1e-5)
+
+
+def test_agreement():
+    assert agreement(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])) == 75
+
+
+def test_compare_sets_the_copy_beside_an_independent_encoder(encoder, images):
+    labels = torch.arange(12) % 3
+    with seeded(7):
+        other = build_encoder("resnet10w32")
+    encoders = {"copy": copy.deepcopy(encoder), "victim": encoder, "independent": other}
+    encoders["copy"].backbone.fc = nn.Identity()
+    figures = compare(encoders, (images, labels), (images, labels), FP32)
+    assert figures["l2"] == pytest.approx(0, abs=1e-4)
+    assert (figures["overlap"], figures["agreement"]) == (100, 100)
+    assert figures["independent_l2"] > 0.1
+    assert figures["independent_cka"] < figures["cka"] == pytest.approx(1)
+
+
+def test_compare_measures_a_copy_of_another_width_through_its_map(encoder, images):
+    """A map that gives the victim's representation from the copy's, which has the same backbone, doubled."""
+    labels = torch.arange(12) % 3
+    mapped = copy.deepcopy(encoder)
+    mapped.backbone.fc = nn.Linear(256, 256)
+    mapped.backbone.fc.weight.data = 2 * torch.eye(256)
+    mapped.backbone.fc.bias.data.zero_()
+    figures = compare(
+        {"copy": mapped, "victim": encoder, "independent": mapped}, (images, labels), (images, labels), FP32
+    )
+    norm = represent(encoder, images).norm(dim=1).mean().item()
+    assert figures["l2"] == pytest.approx(norm, rel=1e-4)
+    assert figures["cosine"] == pytest.approx(0, abs=1e-5)
+    assert figures["independent_l2"] == pytest.approx(0, abs=1e-4)  # whose own head leads elsewhere
+
+
+# ---- which images ----
+
+
+def test_load_test_takes_what_was_not_queried(write_npz):
+    root = write_npz("cifar10", test=1010).parent
+    everything, labels, queried = load_test("cifar10", root, {})
+    assert (len(everything), len(labels), queried) == (1010, 1010, 0)
+    asked = {"query_set": {"dataset": "cifar10", "split": "test"}, "query_digests": digest_tensor(everything[:10])}
+    kept, _, queried = load_test("cifar10", root, asked)
+    assert torch.equal(kept, everything[10:])
+    assert queried == 0
+    assert len(load_test("cifar10", root, asked, number=7)[0]) == 7
+    assert len(load_test("cifar10", root, {}, last_thousand=True)[0]) == 1000
+    with pytest.raises(UserError, match="1 of the 1001 test images were queried"):
+        load_test("cifar10", root, asked, number=1001)
+    with pytest.raises(UserError, match="has 1010 images"):
+        load_test("cifar10", root, {}, number=1011)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loss import STEAL_LOSSES, TRAIN_LOSSES, nt_xent
+from loss import DISTANCES, HEAD_LOSSES, LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES, nt_xent
 
 SIZES = [(2, 3), (5, 8), (16, 32)]
 
@@ -53,8 +53,8 @@ def slow_wasserstein(copy, victim):
 
 
 def slow_softnn(copy, victim, temperature=100.0, views=1):
-    rows, images = torch.cat([copy, victim]), len(copy) // views
-    total = 0.0
+    rows = torch.cat([copy, victim])
+    images, total = int(len(rows) / 2 / views), 0.0
     for i in range(len(rows)):
         near = [torch.exp(-((rows[i] - row) ** 2).sum() / temperature) for row in rows]
         everyone = sum(near[j] for j in range(len(rows)) if j != i)
@@ -63,24 +63,157 @@ def slow_softnn(copy, victim, temperature=100.0, views=1):
     return total / len(rows)
 
 
+def slow_supcon_training(rows, labels, temperature=0.07):
+    labels = [int(label) for label in labels] * (len(rows) // len(labels))
+    total = 0.0
+    for i in range(len(rows)):
+        cosine = [torch.dot(rows[i], row) / rows[i].norm() / row.norm() for row in rows]
+        denominator = sum(torch.exp(cosine[j] / temperature) for j in range(len(rows)) if j != i)
+        positives = [p for p in range(len(rows)) if p != i and labels[p] == labels[i]]
+        terms = [torch.log(torch.exp(cosine[p] / temperature) / denominator) for p in positives]
+        total = total - temperature / 0.07 * sum(terms) / len(terms)
+    return total / len(rows)
+
+
+def slow_supcon(copy, victim, labels, temperature=0.07):
+    return slow_supcon_training(torch.cat([copy, victim]), labels, temperature)
+
+
+def slow_cosine(copy, victim):
+    return sum(1 - torch.dot(a, b) / a.norm() / b.norm() for a, b in zip(copy, victim, strict=True)) / len(copy)
+
+
+def slow_bce(copy, victim):
+    total = 0.0
+    for a, b in zip(copy.flatten(), victim.flatten(), strict=True):
+        active, probability = float(b > 0), 1 / (1 + torch.exp(-a))
+        total = total - active * torch.log(probability) - (1 - active) * torch.log(1 - probability)
+    return total / copy.numel()
+
+
+def slow_barlow(a, b):
+    def standard(column):
+        mean = sum(column) / len(column)
+        return (column - mean) / torch.sqrt(sum((column - mean) ** 2) / len(column) + 1e-5)
+
+    total = 0.0
+    for c in range(a.shape[1]):
+        for d in range(a.shape[1]):
+            correlation = torch.dot(standard(a[:, c]), standard(b[:, d])) / len(a)
+            total = total + ((correlation - 1) ** 2 if c == d else 0.0051 * correlation**2)
+    return total
+
+
+def slow_barlow_training(rows, views=2):
+    each = [rows[i * len(rows) // views : (i + 1) * len(rows) // views] for i in range(views)]
+    pairs = [(v, w) for v in range(views) for w in range(v)]
+    return sum(slow_barlow(each[v], each[w]) for v, w in pairs) / len(pairs)
+
+
+def slow_mse_between_views(rows, views=2):
+    each = [rows[i * len(rows) // views : (i + 1) * len(rows) // views] for i in range(views)]
+    pairs = [(v, w) for v in range(views) for w in range(v)]
+    return sum(slow_mse(each[v], each[w]) for v, w in pairs) / len(pairs)
+
+
+def slow_symmetrized(copy, victim, views=2):
+    images, terms = len(copy) // views, []
+    for v in range(views):
+        for w in range(views):
+            for i in range(images if v != w else 0):
+                p, z = copy[v * images + i], victim[w * images + i]
+                terms.append(-torch.dot(p, z) / p.norm() / z.norm())
+    return sum(terms) / len(terms)
+
+
+def slow_contrast(copy, victim, temperature, views, matched_counts):
+    images, total = len(copy) // views, 0.0
+    for row in range(len(copy)):
+        view, i = divmod(row, images)
+
+        def near(other, row=row):
+            return torch.exp(torch.dot(copy[row], other) / copy[row].norm() / other.norm() / temperature)
+
+        others = [j + view * images for j in range(images) if j != i]
+        denominator = sum(near(victim[j]) + near(copy[j]) for j in others)
+        matched = near(victim[row])
+        total = total - torch.log(matched / (denominator + matched_counts * matched))
+    return total / len(copy)
+
+
+def slow_contsteal(copy, victim, temperature=0.5, views=1):
+    return slow_contrast(copy, victim, temperature, views, matched_counts=1)
+
+
+def slow_rda(copy, victim, temperature=0.07, views=1):
+    total = slow_contrast(copy, victim, temperature, views, matched_counts=0)
+    for s, p in zip(copy, victim, strict=True):
+        angle = torch.dot(s, p) / s.norm() / p.norm() + 1
+        total = total - torch.log((angle + 1e-6) / (((s - p) ** 2).sum() + 1e-6)) / len(copy)
+    return total
+
+
+def slow_stolenencoder(copy, victim, views=1, lambda_aug=9.0, distance="l2"):
+    def between(a, b):
+        if distance == "l2":
+            return torch.sqrt(((a - b) ** 2).sum())
+        return sum(abs(a - b)) if distance == "l1" else 1 - torch.dot(a, b) / a.norm() / b.norm()
+
+    each = [between(a, b) for a, b in zip(copy, victim, strict=True)]
+    images = len(copy) // views
+    augmented = sum(each[images:]) / len(each[images:]) if views > 1 else 0.0
+    return sum(each[:images]) / images + lambda_aug * augmented
+
+
 SLOW = {
     "infonce": slow_infonce,
     "mse": slow_mse,
     "softce": slow_softce,
     "wasserstein": slow_wasserstein,
     "softnn": slow_softnn,
+    "supcon": slow_supcon,
+    "symmetrized": slow_symmetrized,
+    "barlow": slow_barlow,
+    "cosine": slow_cosine,
+    "bce": slow_bce,
+    "contsteal": slow_contsteal,
+    "stolenencoder": slow_stolenencoder,
+    "rda": slow_rda,
 }
+SLOW_TRAINING = {
+    "infonce": lambda rows, views=2, temperature=0.07: slow_nt_xent(rows, len(rows) // views, temperature),
+    "softnn": lambda rows, views=2, temperature=100.0: slow_softnn(rows[:0], rows, temperature, views / 2),
+    "supcon": slow_supcon_training,
+    "barlow": slow_barlow_training,
+    "supervised": lambda logits, labels: slow_labels(logits, torch.eye(logits.shape[1], dtype=logits.dtype)[labels]),
+}
+
+
+def slow_labels(logits, target):
+    """Cross-entropy of several rows of each image with its row of the target."""
+    target = target.repeat(len(logits) // len(target), 1)
+    each = [-(t * torch.log(torch.exp(a) / torch.exp(a).sum())).sum() for a, t in zip(logits, target, strict=True)]
+    return sum(each) / len(each)
+
+
+def options_for(loss, images, views, **more):
+    """What a loss takes of: labels, the number of views."""
+    available = {"labels": torch.arange(images) % max(2, images // 3), "views": views, **more}
+    return {argument: available[argument] for argument in loss.takes if argument in available}
 
 
 def test_every_loss_has_a_slow_formula():
     assert set(SLOW) == set(STEAL_LOSSES)
+    assert set(SLOW_TRAINING) == set(TRAIN_LOSSES)
 
 
-def assert_agree(fast, slow, copy, victim, **options):
-    """Value and gradient of the float32 loss against the formula in float64."""
-    copy32 = copy.clone().requires_grad_()
-    copy64 = copy.double().requires_grad_()
-    value, expected = fast(copy32, victim, **options), slow(copy64, victim.double(), **options)
+def assert_agree(fast, slow, *features, **options):
+    """Value and gradient (by the first argument) of the float32 loss against the formula in float64."""
+    first, *others = features
+    copy32 = first.clone().requires_grad_()
+    copy64 = first.double().requires_grad_()
+    value = fast(copy32, *others, **options)
+    expected = slow(copy64, *(other.double() for other in others), **options)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(value, copy32)
@@ -93,24 +226,53 @@ def assert_agree(fast, slow, copy, victim, **options):
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
 @pytest.mark.parametrize("name", SLOW)
 def test_matches_the_formula(name, scale, size):
-    copy, victim = features(*size, scale=scale)
-    assert_agree(STEAL_LOSSES[name], SLOW[name], copy, victim)
+    views, (images, dim) = STEAL_LOSSES[name].min_views, size
+    images += name == "barlow"  # standardised, two rows are 1 and -1, whatever they were: there is no gradient
+    copy, victim = features(images, dim, views, scale=scale)
+    assert_agree(STEAL_LOSSES[name], SLOW[name], copy, victim, **options_for(STEAL_LOSSES[name], images, views))
 
 
-@pytest.mark.parametrize("name", ["infonce", "softnn"])
+@pytest.mark.parametrize("name", [name for name, loss in STEAL_LOSSES.items() if "views" in loss.takes])
+@pytest.mark.parametrize("views", [2, 3])
+def test_several_views_match_the_formula(name, views):
+    copy, victim = features(6, 8, views)
+    assert_agree(STEAL_LOSSES[name], SLOW[name], copy, victim, views=views)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in STEAL_LOSSES.items() if "temperature" in loss.takes])
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 10.0])
-def test_temperature_and_views(name, temperature):
+def test_temperature_matches_the_formula(name, temperature):
+    loss = STEAL_LOSSES[name]
     copy, victim = features(6, 8, views=2)
-    assert_agree(STEAL_LOSSES[name], SLOW[name], copy, victim, temperature=temperature, views=2)
+    assert_agree(loss, SLOW[name], copy, victim, temperature=temperature, **options_for(loss, 6, 2))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("lambda_aug", [0.0, 2.5])
+def test_stolenencoder_distances_and_lambda(distance, lambda_aug):
+    copy, victim = features(6, 8, views=3)
+    options = {"views": 3, "distance": distance, "lambda_aug": lambda_aug}
+    assert_agree(STEAL_LOSSES["stolenencoder"], slow_stolenencoder, copy, victim, **options)
 
 
 @pytest.mark.parametrize("images", [2, 7])
 @pytest.mark.parametrize("views", [2, 3])
-def test_training_infonce_matches_the_formula(images, views):
-    rows = torch.randn(images * views, 16, generator=torch.Generator().manual_seed(1))
-    value = TRAIN_LOSSES["infonce"](rows, views=views, temperature=0.07)
-    expected = slow_nt_xent(rows.double(), images, 0.07)
-    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", SLOW_TRAINING)
+def test_training_losses_match_the_formula(name, views, images):
+    rows = torch.randn(images * views, 5, generator=torch.Generator().manual_seed(1))
+    assert_agree(TRAIN_LOSSES[name], SLOW_TRAINING[name], rows, **options_for(TRAIN_LOSSES[name], images, views))
+
+
+def test_mse_between_views_matches_the_formula():
+    rows, _ = features(5, 4, views=3)
+    assert_agree(HEAD_LOSSES["mse"], slow_mse_between_views, rows, views=3)
+
+
+@pytest.mark.parametrize("name", LABEL_LOSSES)
+def test_label_losses_match_the_formula(name):
+    logits, answers = features(7, 4)
+    for target in (answers.softmax(dim=1), torch.eye(4)[answers.argmax(dim=1)]):
+        assert_agree(LABEL_LOSSES[name], slow_labels, logits, target)
 
 
 def test_training_infonce_is_lowest_for_equal_views():
@@ -118,10 +280,107 @@ def test_training_infonce_is_lowest_for_equal_views():
     assert nt_xent(torch.cat([rows, rows])) < nt_xent(torch.cat([rows, rows.roll(1, 0)]))
 
 
+def test_nt_xent_against_pytorch_cross_entropy():
+    """An independent route to NT-Xent: rows of logits without the diagonal, the positive as the class."""
+    rows = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    logits = (unit @ unit.T / 0.07)[~torch.eye(10, dtype=torch.bool)].view(10, 9)
+    positive = torch.tensor([4, 5, 6, 7, 8, 0, 1, 2, 3, 4])
+    torch.testing.assert_close(nt_xent(rows), torch.nn.functional.cross_entropy(logits, positive))
+
+
 @pytest.mark.parametrize("name", SLOW)
 def test_shuffled_answers_change_the_loss(name):
-    copy, victim = features(16, 32)
-    assert not torch.isclose(STEAL_LOSSES[name](copy, victim), STEAL_LOSSES[name](copy, victim.roll(1, 0)), rtol=1e-4)
+    loss = STEAL_LOSSES[name]
+    copy, victim = features(16, 32, loss.min_views)
+    victim = (victim - 0.5).clamp_min(0)  # with units that are not active, for bce
+    shuffled = torch.cat([rows.roll(1, 0) for rows in victim.chunk(loss.min_views)])
+    options = options_for(loss, 16, loss.min_views)
+    assert not torch.isclose(loss(copy, victim, **options), loss(copy, shuffled, **options), rtol=1e-4)
+
+
+def correlation(copy, victim):
+    """Mean correlation over the images of a copy's dimension with the victim's."""
+    copy, victim = copy - copy.mean(0), victim - victim.mean(0)
+    return torch.nn.functional.cosine_similarity(copy, victim, dim=0).mean()
+
+
+def cosine_of(copy, victim):
+    return torch.nn.functional.cosine_similarity(copy, victim).mean()
+
+
+def same_label_cosine(copy, victim):
+    """Cosine to the answers of the label less that to the others'."""
+    labels = torch.arange(len(copy)) % 5
+    unit_copy, unit_victim = (torch.nn.functional.normalize(rows, dim=1) for rows in (copy, victim))
+    similarity, same = unit_copy @ unit_victim.T, labels[:, None] == labels[None, :]
+    return similarity[same].mean() - similarity[~same].mean()
+
+
+def rank_of_match(copy, victim):
+    """Share of the copy's rows whose nearest answer by cosine is that of their own image."""
+    unit_copy, unit_victim = (torch.nn.functional.normalize(rows, dim=1) for rows in (copy, victim))
+    return ((unit_copy @ unit_victim.T).argmax(dim=1) == torch.arange(len(copy))).float().mean()
+
+
+# What a loss is about: larger is closer to the victim, and where a copy that learnt it should end at least.
+ABOUT = {
+    "infonce": (rank_of_match, 0.99),
+    "contsteal": (rank_of_match, 0.99),
+    "softnn": (lambda a, b: -torch.cdist(a, b).diagonal().mean(), -0.3),
+    "supcon": (same_label_cosine, 0.1),
+    "symmetrized": (cosine_of, 0.98),
+    "barlow": (correlation, 0.95),
+    "mse": (lambda a, b: -(a - b).square().mean(), -1e-3),
+    "cosine": (cosine_of, 0.99),
+    "softce": (lambda a, b: -(a.softmax(1) - b.softmax(1)).abs().sum(1).mean(), -0.05),
+    "bce": (lambda a, b: ((a > 0) == (b > 0)).float().mean(), 0.99),
+    "wasserstein": (lambda a, b: -STEAL_LOSSES["wasserstein"](a, b), -0.1),
+    "stolenencoder": (lambda a, b: -(a - b).norm(dim=1).mean(), -0.3),
+    "rda": (lambda a, b: -(a - b).norm(dim=1).mean(), -0.3),
+}
+
+
+@pytest.mark.parametrize("name", STEAL_LOSSES)
+def test_minimising_on_free_vectors_approaches_the_victim(name):
+    loss = STEAL_LOSSES[name]
+    copy, victim = features(20, 8, loss.min_views)
+    if name == "bce":
+        victim = (victim - 0.5).clamp_min(0)
+    if name == "symmetrized":  # the two views of an image have one answer, as an invariant victim's would
+        victim = victim[:20].repeat(2, 1)
+    options = options_for(loss, 20, loss.min_views) | ({"labels": torch.arange(20) % 5} if loss.needs_labels else {})
+    if name == "softnn":
+        options["temperature"] = 0.1
+    measure, goal = ABOUT[name]
+    copy.requires_grad_()
+    optimizer = torch.optim.Adam([copy], lr=0.02)
+    before = measure(copy.detach(), victim)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(copy, victim, **options).backward()
+        optimizer.step()
+        if name == "wasserstein":
+            copy.data.clamp_min_(0)  # the loss is about rows like those after a ReLU
+    after = measure(copy.detach(), victim)
+    assert before < goal < after
+
+
+def test_no_gradient_reaches_the_symmetrized_target():
+    copy, victim = features(4, 6, views=2)
+    victim.requires_grad_()
+    value = STEAL_LOSSES["symmetrized"](copy.requires_grad_(), victim)
+    assert torch.autograd.grad(value, victim, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("name", ["rda", "stolenencoder", "cosine", "mse", "contsteal"])
+def test_a_perfect_copy_gives_finite_values_and_gradients(name):
+    copy, victim = features(5, 6)
+    copy = victim.clone().requires_grad_()
+    value = STEAL_LOSSES[name](copy, victim)
+    (gradient,) = torch.autograd.grad(value, copy)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("distance", [1e3, 1e6])

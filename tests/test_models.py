@@ -91,7 +91,7 @@ def test_checkpoint_of_2022_loads_by_its_keys(arch, tmp_path):
 
 
 def test_head_with_batch_norm_loads(tmp_path):
-    original = build_encoder("resnet10w32", out_dim=24, batch_norm_head=True)
+    original = build_encoder("resnet10w32", out_dim=24, head="mlp-bn")
     assert "backbone.fc.3.weight" in original.state_dict()
     torch.save({"arch": "resnet10w32", "state_dict": original.state_dict()}, tmp_path / "c")
     assert load_encoder(tmp_path / "c").out_dim == 24

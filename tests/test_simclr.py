@@ -9,7 +9,7 @@ import torch
 
 from data_aug.augment import random_views
 from loss import STEAL_LOSSES, TRAIN_LOSSES, nt_xent
-from models import build_encoder, load_encoder, read_checkpoint
+from models import SimSiamHeads, build_encoder, load_encoder, read_checkpoint
 from simclr import SimCLR, Training, learning_rate
 from utils import Precision, Run, UserError, generator, seeded
 from victim import Victim
@@ -18,8 +18,7 @@ FP32 = Precision("fp32", torch.device("cpu"))
 
 
 def settings(**values):
-    values = {"losstype": "infonce", "epochs": 2, "batch_size": 4, "lr": 1e-3, "weight_decay": 1e-4, **values}
-    return Training(**values)
+    return Training(**{"epochs": 2, "batch_size": 4, "lr": 1e-3, "weight_decay": 1e-4, **values})
 
 
 def small(out_dim=None, seed=1):
@@ -27,10 +26,16 @@ def small(out_dim=None, seed=1):
         return build_encoder("resnet10w32", out_dim)
 
 
-def trainer(folder, model=None, resume=False, **values):
-    model = model or small()
-    values.setdefault("n_views", 2 if model.has_head else 1)
-    return SimCLR(model, settings(**values), Run(folder), FP32, {"kind": "stolen"}, resume=resume)
+def trainer(folder, model=None, losstype="infonce", resume=False, **values):
+    """A trainer for the encoder with a head that is given, or for a copy without one of a victim that answers 256."""
+    loss = (TRAIN_LOSSES if model is not None and model.has_head else STEAL_LOSSES)[losstype]
+    values.setdefault("n_views", loss.min_views)
+    with seeded(0):
+        companion = SimSiamHeads(256, 32) if loss.predictor else None
+    config = {"kind": "stolen"}
+    return SimCLR(
+        model or small(), loss, settings(**values), Run(folder), FP32, config, resume=resume, companion=companion
+    )
 
 
 def weights(folder):
@@ -171,17 +176,54 @@ def test_resuming_against_a_changed_victim_is_refused(tmp_path, images, encoder)
 # ---- stealing ----
 
 
+LABELS = torch.arange(12) % 3
+
+
 @pytest.mark.parametrize("losstype", STEAL_LOSSES)
 @pytest.mark.parametrize("n_views", [1, 2])
 def test_every_loss_steals_and_each_query_is_made_once(losstype, n_views, tmp_path, images, encoder):
+    """With 1 and 2 views, or it refuses in one line before anything is asked or written."""
     victim = Victim(encoder, budget=12 * n_views)
-    job = trainer(tmp_path, losstype=losstype, n_views=n_views)
+    useaug = STEAL_LOSSES[losstype].plain_first
+    job = trainer(tmp_path / "run", losstype=losstype, n_views=n_views, useaug=useaug, copy_views=2)
     before = copy.deepcopy(job.model.state_dict())
-    job.steal(images, victim)
+    if n_views < STEAL_LOSSES[losstype].min_views or (useaug and n_views > 1):
+        with pytest.raises(UserError, match=r"give (2 or more|--n-views 1)$"):
+            job.steal(images, victim, LABELS)
+        assert victim.ledger.queries == 0
+        assert not (tmp_path / "run").exists()
+        return
+    job.steal(images, victim, LABELS)
     assert victim.ledger.queries == 12 * n_views
     assert victim.ledger.distinct == 12 * n_views
-    assert not same(before, weights(tmp_path))
-    assert all(math.isfinite(record["loss"]) for record in Run(tmp_path).records())
+    assert not same(before, weights(tmp_path / "run"))
+    assert all(math.isfinite(record["loss"]) for record in Run(tmp_path / "run").records())
+
+
+@pytest.mark.parametrize("losstype", TRAIN_LOSSES)
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_every_loss_trains(losstype, n_views, tmp_path, images):
+    job = trainer(tmp_path / "run", small(out_dim=16), losstype, n_views=n_views)
+    before = copy.deepcopy(job.model.state_dict())
+    if n_views < TRAIN_LOSSES[losstype].min_views:
+        with pytest.raises(UserError, match="--n-views 1 is too few, give 2 or more"):
+            job.train(images, LABELS)
+        assert not (tmp_path / "run").exists()
+        return
+    job.train(images, LABELS)
+    assert not same(before, weights(tmp_path / "run"))
+    assert all(math.isfinite(record["loss"]) for record in Run(tmp_path / "run").records())
+
+
+@pytest.mark.parametrize("labels", [None, torch.full((12,), -1)])
+def test_losses_that_need_labels_say_so(labels, tmp_path, images, encoder):
+    for job, arguments in (
+        (trainer(tmp_path / "a", losstype="supcon"), (images, Victim(encoder), labels)),
+        (trainer(tmp_path / "b", small(out_dim=16), "supervised"), (images, labels)),
+    ):
+        with pytest.raises(UserError, match="needs labels and the images have none"):
+            (job.train if job.model.has_head else job.steal)(*arguments)
+        assert not job.run.folder.exists()
 
 
 def test_stealing_brings_the_copy_to_the_victim(tmp_path, images, encoder):
@@ -250,7 +292,7 @@ def test_batch_larger_than_the_data(tmp_path, images):
 
 
 def test_victim_of_another_width(tmp_path, images):
-    with pytest.raises(UserError, match="512 numbers, a resnet10w32 gives 256"):
+    with pytest.raises(UserError, match="512 numbers, the copy gives 256"):
         trainer(tmp_path / "run").steal(images, Victim(build_encoder("resnet18")))
     assert not (tmp_path / "run").exists()
 
@@ -281,6 +323,8 @@ def test_non_finite_loss_stops_at_its_step(tmp_path, images, encoder):
 @pytest.mark.parametrize("losstype", TRAIN_LOSSES)
 def test_bf16_trains(losstype, tmp_path, images):
     precision = Precision("bf16", torch.device("cpu"))
-    SimCLR(small(out_dim=16), settings(losstype=losstype, epochs=1), Run(tmp_path), precision).train(images[:4])
+    training = settings(epochs=1, n_views=2)
+    job = SimCLR(small(out_dim=16), TRAIN_LOSSES[losstype], training, Run(tmp_path), precision)
+    job.train(images[:4], torch.tensor([0, 1, 0, 1]))
     assert weights(tmp_path)["backbone.conv1.weight"].dtype == torch.float32
     assert math.isfinite(Run(tmp_path).records()[0]["loss"])

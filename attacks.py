@@ -1,0 +1,158 @@
+"""What an attacker sends, what the copy is shown and what it has to match; published attacks as presets of these.
+
+An attack asks about N images, with V queries for each: the image itself, or V random views of it (`queryaug`). What the
+copy is shown in a step is what was sent, or with `useaug` fresh random views of its own (`copy_views` of them), which
+cost nothing. Its target is the answer to the same query or, where one answer stands for the image, that answer: with
+one query an image, or with `prototype`, the mean of the V answers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_aug.augment import random_views
+from data_aug.datasets import load_queries, to_float
+from utils import UserError, generator
+
+# Values of steal.py's flags where the command line gives none; a loss's own presets come after these.
+ATTACKS: dict[str, Mapping[str, object]] = {
+    # Dziedzic et al., ICML 2022: train on the answers by any loss.
+    "direct": {},
+    # Sha et al., CVPR 2023, the baseline: match the answers by their squared error.
+    "conventional": {"losstype": "mse", "lr": 3e-4, "archstolen": "resnet18"},
+    # Sha et al., CVPR 2023: one random view to the victim, another to the copy.
+    "cont-steal": {
+        "losstype": "contsteal",
+        "queryaug": True,
+        "useaug": True,
+        "temperature": 0.5,
+        "archstolen": "resnet18",
+    },
+    # Liu et al., CCS 2022: one query an image; the copy's features of it and of its augmentations match the answer.
+    "stolenencoder": {"losstype": "stolenencoder", "useaug": True, "copy_views": 9, "archstolen": "resnet34"},
+    # Wu et al., ECCV 2024: the mean answer to ten views of an image is what five views of it have to match.
+    "rda": {
+        "losstype": "rda",
+        "n_views": 10,
+        "queryaug": True,
+        "prototype": True,
+        "useaug": True,
+        "copy_views": 5,
+        "num_queries": 25000,
+        "archstolen": "resnet18",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an attack asks and shows; the fields are those of `simclr.Training`, `plain_first` is the loss's."""
+
+    n_views: int = 1
+    queryaug: bool = False
+    useaug: bool = False
+    copy_views: int = 1
+    prototype: bool = False
+    plain_first: bool = False
+
+    @property
+    def views(self) -> int:
+        """Rows of one image in a batch."""
+        return self.copy_views + self.plain_first if self.useaug else self.n_views
+
+    @property
+    def mismatch(self) -> str | None:
+        """What is wrong where rows and answers cannot be paired; None where they can."""
+        one_answer = self.n_views == 1 or (self.prototype and self.useaug)
+        if self.plain_first and not one_answer:
+            return f"this loss has one answer for an image and its augmentations, not {self.n_views}: give --n-views 1"
+        if self.useaug and not one_answer and self.copy_views != self.n_views:
+            return (
+                f"{self.copy_views} views for the copy cannot be paired with {self.n_views} answers: give --copy-views "
+                f"{self.n_views}, or --prototype for the mean answer"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """An attacker's images, uint8 (N, 3, H, W), their labels and indices (N,) in the split that they are from."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    dataset: str
+    split: str
+
+    def record(self) -> dict:
+        """What a checkpoint says of it."""
+        query_set = {"dataset": self.dataset, "split": self.split, "images": len(self.images)}
+        return {"query_set": query_set, "query_indices": self.indices}
+
+
+def choose_queries(
+    dataset: str,
+    victim_dataset: str,
+    root: Path,
+    count: int,
+    order: str = "first",
+    seed: int = 0,
+    force: bool = False,
+) -> QuerySet:
+    """So many images to query: the `first`, or `random` ones drawn by the seed. UserError when there are not as many.
+
+    The split is that of `data_aug.datasets.load_queries`.
+    """
+    images, labels, split = load_queries(dataset, victim_dataset, root, force)
+    if count > len(images):
+        raise UserError(
+            f"this budget takes {count} images, the {split} split of {dataset} has {len(images)} to query: "
+            f"lower --num_queries"
+        )
+    indices = torch.arange(count)
+    if order == "random":
+        indices = torch.randperm(len(images), generator=generator(seed, "query order"))[:count]
+    return QuerySet(images[indices], labels[indices], indices, dataset, split)
+
+
+def queries_of(images: Tensor, plan: Plan, draws: torch.Generator) -> Tensor:
+    """What the victim is sent, uint8 (n_views * N, 3, H, W), view-major: an API takes images of 8 bits."""
+    if not plan.queryaug:
+        return images.repeat(plan.n_views, 1, 1, 1) if plan.n_views > 1 else images
+    sent = []
+    for _ in range(plan.n_views):
+        for part in images.split(1024):
+            sent.append((random_views(part, part.shape[-1], draws) * 255).round().to(torch.uint8))
+    return torch.cat(sent)
+
+
+@dataclass
+class Answered:
+    """What an attacker holds: images (N, 3, H, W) and what was sent (V * N, 3, H, W), uint8; the answers (V * N, D)."""
+
+    images: Tensor
+    sent: Tensor
+    answers: Tensor
+    plan: Plan
+
+    def __post_init__(self):
+        if self.plan.prototype:
+            mean = self.answers.view(self.plan.n_views, len(self.images), -1).mean(dim=0)
+            # One answer for each image from here on, whichever of its views is shown.
+            self.answers = mean if self.plan.useaug else mean.repeat(self.plan.n_views, 1)
+
+    def batch(self, index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What the copy is shown, float (R * B, 3, H, W), and its targets (R * B, D) for the images at `index` (B,)."""
+        plan, count = self.plan, len(self.images)
+        rows = torch.cat([index + view * count for view in range(len(self.answers) // count)])
+        targets = self.answers[rows]
+        if not plan.useaug:
+            return to_float(self.sent[rows]), targets
+        images = self.images[index]
+        shown = random_views(images.repeat(plan.copy_views, 1, 1, 1), images.shape[-1], draws)
+        if plan.plain_first:
+            shown = torch.cat([to_float(images), shown])
+        return shown, targets.repeat(len(shown) // len(targets), 1)

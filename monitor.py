@@ -1,0 +1,71 @@
+"""Watching a training run without holding up the device: its loss, and whether the features collapse."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import Run, UserError
+
+# Reading the loss off a GPU makes it wait, so there it is looked at once in so many steps; on a CPU in each.
+STEPS_BETWEEN_LOOKS = 50
+# Unit rows spread evenly over the sphere have a standard deviation of 1 / sqrt(D) in each dimension. Features with less
+# than this part of it, on average over an epoch, have collapsed to nearly one point.
+COLLAPSED = 0.01
+
+
+class Watch:
+    """Looks at one epoch's losses and features without holding up the device; stops at what cannot go on.
+
+    That is a loss that is not finite, at its step, and features that have collapsed, at the end of the epoch.
+    """
+
+    def __init__(self, run: Run, epoch: int, steps: int, log_every: int, device: torch.device):
+        self.run, self.epoch, self.steps, self.log_every = run, epoch, steps, log_every
+        self.interval = 1 if device.type == "cpu" else STEPS_BETWEEN_LOOKS
+        self.pending: list[Tensor] = []
+        self.losses: list[float] = []
+        self.spreads: list[float] = []
+        self.even = 0.0  # the spread of rows that are evenly spread
+
+    def add(self, loss: Tensor, features: Tensor, lr: float, bar: tqdm) -> None:
+        """Take a step's loss () and features (R, D)."""
+        self.even = features.shape[1] ** -0.5 if len(features) > 1 else 0.0
+        spread = F.normalize(features, dim=1).std(dim=0, correction=0).mean()
+        self.pending.append(torch.stack([loss, spread]))
+        if len(self.pending) >= self.interval:
+            self._look(lr, bar)
+
+    def _look(self, lr: float, bar: tqdm) -> None:
+        for loss, spread in torch.stack(self.pending).tolist():
+            step = len(self.losses)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {step + 1} of {self.steps} in epoch {self.epoch + 1}: "
+                    f"give a smaller --lr (now {lr:.3g}) or a larger --temperature; {self._kept()}"
+                )
+            self.losses.append(loss)
+            self.spreads.append(spread)
+            if (self.epoch * self.steps + step) % self.log_every == 0:
+                values = {"step/loss": loss, "step/spread": spread, "step/lr": lr}
+                self.run.scalars(self.epoch * self.steps + step, values)
+        self.pending.clear()
+        bar.set_postfix(loss=f"{self.losses[-1]:.4f}", spread=f"{self.spreads[-1]:.4f}", lr=f"{lr:.3g}")
+
+    def close(self, lr: float, bar: tqdm) -> tuple[float, float]:
+        """The epoch's mean loss, and mean spread: the features' standard deviation per dimension, rows of length 1."""
+        if self.pending:
+            self._look(lr, bar)
+        loss, spread = (sum(values) / len(values) for values in (self.losses, self.spreads))
+        if spread < COLLAPSED * self.even:
+            raise UserError(
+                f"the features have collapsed to nearly one point in epoch {self.epoch + 1}: their spread is "
+                f"{spread:.2g}, evenly spread ones have {self.even:.2g}; give another --losstype or a smaller --lr "
+                f"(now {lr:.3g}); {self._kept()}"
+            )
+        return loss, spread
+
+    def _kept(self) -> str:
+        return f"{self.run.folder} keeps what was finished before this epoch"
