@@ -24,6 +24,8 @@ from probes import (
 from utils import Precision, UserError, seeded
 from victim import image_digests
 
+Space = tuple[Labelled, Labelled]  # representations of training and test images
+
 
 @contextmanager
 def frozen(encoder: nn.Module) -> Iterator[None]:
@@ -58,6 +60,12 @@ def represent(
             with precision.autocast():
                 parts.append((output or encoder)(batch).float())
     return torch.cat(parts)
+
+
+def represent_both(encoder: nn.Module, train: Labelled, test: Labelled, precision: Precision) -> Space:
+    """`represent` of labelled uint8 images for training and test, on the precision's device."""
+    held = ((represent(encoder, images, precision), labels.to(precision.device)) for images, labels in (train, test))
+    return tuple(held)
 
 
 def released_probe(
@@ -177,29 +185,21 @@ def agreement(a: Tensor, b: Tensor) -> float:
 
 
 def compare(
-    encoders: Mapping[str, SimCLREncoder], train: Labelled, test: Labelled, precision: Precision, seed: int = 0
+    spaces: Mapping[str, Space], seed: int = 0, head: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float]:
     """`fidelity` of `copy` to `victim` on test images, with the agreement of what is predicted of them downstream.
 
-    The same of the encoder `independent` has names that begin with independent_. train, test: uint8 images and labels;
-    the predictions are those of `logistic_regression`.
+    The same figures of `independent` have names that begin with independent_. `head` takes the copy's representations
+    to the victim's width where these differ; the predictions are those of `logistic_regression`.
     """
-    predictions, representations = {}, {}
-    truth = test[1].to(precision.device)
-    for name, encoder in encoders.items():
-        known = represent(encoder, train[0], precision), train[1].to(precision.device)
-        representations[name] = represent(encoder, test[0], precision)
-        predictions[name] = logistic_regression(known, (representations[name], truth), seed).predictions
+    predictions = {name: logistic_regression(*space, seed).predictions for name, space in spaces.items()}
+    seen = {name: test[0] for name, (_, test) in spaces.items()}
     figures = {}
     for name, prefix in (("copy", ""), ("independent", "independent_")):
-        # Only a copy's head leads to the victim's width; an independent encoder's leads elsewhere.
-        mapped = encoders[name].has_head and name == "copy"
-        output = represent(encoders[name], test[0], precision, output=encoders[name].project) if mapped else None
-        figures |= {
-            prefix + key: value
-            for key, value in fidelity(representations[name], representations["victim"], output).items()
-        }
-        figures[prefix + "agreement"] = agreement(predictions[name], predictions["victim"])
+        output = head(seen[name]) if head and name == "copy" else None
+        close = fidelity(seen[name], seen["victim"], output)
+        close["agreement"] = agreement(predictions[name], predictions["victim"])
+        figures |= {prefix + key: value for key, value in close.items()}
     return figures
 
 

@@ -14,7 +14,7 @@ import options
 import runs
 from attacks import ATTACKS
 from data_aug.datasets import load_dataset, take_balanced
-from evaluation import compare, evaluate, load_test, released_probe, represent
+from evaluation import Space, compare, evaluate, load_test, released_probe, represent, represent_both
 from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, build_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
@@ -24,15 +24,19 @@ from utils import Precision, Run, UserError, save_checkpoint, script, seeded
 from victim import Service, Victim
 
 LOSSES = list(dict.fromkeys([*STEAL_LOSSES, *TRAIN_LOSSES, *LABEL_LOSSES]))
-# Which flags name the encoder that is judged; for another kind of it they mean nothing.
+# Flags that name the encoder that is judged, with the setting in its file that they are about if there is one; for
+# another kind of encoder they mean nothing.
 NAMING = {
-    "victim": ("victim", "dataset", "losstype", "epochstrain"),
-    "stolen": (
-        *("stolen", "victim", "dataset", "losstype", "epochstrain", "datasetsteal", "epochs", "num_queries"),
-        *("attack", "head", "victimhead", "stolenhead"),
-    ),
-    "random": (),
+    "victim": {"victim": None, "dataset": "dataset", "losstype": "losstype", "epochstrain": "epochs"},
+    "stolen": {
+        **dict.fromkeys(("victim", "stolen", "head")),
+        **{name: name for name in ("dataset", "losstype", "datasetsteal", "epochs", "num_queries", "attack")},
+        **{name: name for name in ("epochstrain", "victimhead", "stolenhead")},
+    },
+    "random": {},
 }
+# Settings by which an encoder is looked for only where the command line has them.
+IF_GIVEN = ("epochstrain", "victimhead", "stolenhead")
 
 
 def parse() -> tuple[options.Parser, Namespace]:
@@ -90,9 +94,10 @@ def parse() -> tuple[options.Parser, Namespace]:
 
 def refuse(parser: options.Parser, args: Namespace) -> None:
     """UserError for flags that cannot act."""
-    idle = dict.fromkeys(set(NAMING["stolen"]) - set(NAMING[args.modeltype]), f"with --modeltype {args.modeltype}")
+    naming = {flag for flags in NAMING.values() for flag in flags}
+    idle = dict.fromkeys(naming - NAMING[args.modeltype].keys(), f"with --modeltype {args.modeltype}")
     if args.finetune:
-        idle |= dict.fromkeys(("probe", "save"), "with --finetune")
+        idle |= dict.fromkeys(("probe", "save", "fidelity"), "with --finetune")
     elif args.probe != "linear":
         idle["save"] = f"with --probe {args.probe}"
         if args.probe == "knn":
@@ -108,19 +113,16 @@ def refuse(parser: options.Parser, args: Namespace) -> None:
 
 def find(args: Namespace) -> Path:
     """The checkpoint to judge."""
-    preferred = {"seed": args.seed, "recipe": args.recipe}
-    wanted = {"dataset": args.dataset, "arch": args.arch, "losstype": args.losstype}
-    if args.modeltype == "victim":
-        wanted |= {"epochs": args.epochstrain}
-        return args.victim or runs.find_run(args.checkpoint_dir, "victim", wanted, preferred)
-    wanted["archstolen"] = wanted.pop("arch")
-    for name in ("datasetsteal", "epochs", "num_queries", "attack"):
-        wanted[name] = getattr(args, name)
-    for name in args.given & {"epochstrain", "victimhead", "stolenhead"}:
-        wanted[name] = getattr(args, name)
-    if args.victim:
+    kind = args.modeltype
+    if vars(args)[kind]:
+        return vars(args)[kind]
+    wanted = {"arch" if kind == "victim" else "archstolen": args.arch}
+    for flag, name in NAMING[kind].items():
+        if name and (flag in args.given or name not in IF_GIVEN):
+            wanted[name] = getattr(args, flag)
+    if kind == "stolen" and args.victim:
         wanted["victim"] = str(args.victim)
-    return args.stolen or runs.find_run(args.checkpoint_dir, "stolen", wanted, preferred)
+    return runs.find_run(args.checkpoint_dir, kind, wanted, {"seed": args.seed, "recipe": args.recipe})
 
 
 def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
@@ -131,6 +133,8 @@ def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
     path = find(args)
     checkpoint = read_checkpoint(path)
     runs.check_finished(checkpoint, path)
+    named = {flag: name for flag, name in NAMING[args.modeltype].items() if name}
+    runs.check_named(checkpoint, path, args, named)
     return path, checkpoint, encoder_from_checkpoint(checkpoint, str(path), args.arch)
 
 
@@ -159,31 +163,31 @@ def finetune(
 
 def judge(
     args: Namespace, encoder: SimCLREncoder, train: Labelled, test: Labelled, precision: Precision, run: Run
-) -> tuple[dict, dict]:
-    """Scores, and the state_dict of the linear layer if there is one, with --save that of the encoder before it too."""
+) -> dict[str, float]:
+    """Scores of the encoder itself by a protocol that trains it, or has it in train mode."""
+    if args.finetune:
+        return finetune(args, encoder, train, test, precision, Run(run.folder / "finetuned"))
+    return released_probe(encoder, train, test, args.lr, precision, seed=args.seed, **settings_of(args, run))
+
+
+def read_out(args: Namespace, space: Space, run: Run) -> tuple[dict, dict]:
+    """Scores of representations by the probe chosen, and the state_dict of the linear layer if it is one."""
+    if args.probe == "knn":
+        return {"knn": knn_accuracy(*space)}, {}
+    if args.probe == "mlp":
+        scores = mlp_probe(*space, args.lr, args.seed, **settings_of(args, run)).scores
+        return {name: scores[name] for name in ("top1", "top5")}, {}
+    scores, probe = evaluate(*space, args.lr, args.seed, **settings_of(args, run))
+    return scores, {"fc.weight": probe.weight.cpu(), "fc.bias": probe.bias.cpu()}
+
+
+def settings_of(args: Namespace, run: Run) -> dict:
+    """What every probe that is trained takes of the flags."""
 
     def each_epoch(epoch: int, scores: dict[str, float]) -> None:
         run.record(epoch + 1, {"epoch": epoch, **scores})
 
-    if args.finetune:
-        return finetune(args, encoder, train, test, precision, Run(run.folder / "finetuned")), {}
-    settings = {"batch_size": args.batch_size, "epochs": args.probe_epochs, "each_epoch": each_epoch}
-    if args.recipe == "released":
-        return released_probe(encoder, train, test, args.lr, precision, seed=args.seed, **settings), {}
-    train, test = (
-        (represent(encoder, images, precision), labels.to(precision.device)) for images, labels in (train, test)
-    )
-    if args.probe == "knn":
-        return {"knn": knn_accuracy(train, test)}, {}
-    if args.probe == "mlp":
-        scores = mlp_probe(train, test, args.lr, args.seed, **settings).scores
-        return {name: scores[name] for name in ("top1", "top5")}, {}
-    scores, probe = evaluate(train, test, args.lr, args.seed, **settings)
-    state = {"fc.weight": probe.weight.cpu(), "fc.bias": probe.bias.cpu()}
-    if args.save:
-        backbone = encoder.state_dict().items()
-        state |= {k.removeprefix("backbone."): v.cpu() for k, v in backbone if not k.startswith("backbone.fc.")}
-    return scores, state
+    return {"batch_size": args.batch_size, "epochs": args.probe_epochs, "each_epoch": each_epoch}
 
 
 def victim_of(args: Namespace, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
@@ -234,7 +238,7 @@ def main() -> None:
         others = {"victim": victim.to(device), "independent": independent.to(device)}
 
     home = runs.home_of(path, args.checkpoint_dir) if path else args.checkpoint_dir / f"random-{args.arch}"
-    implied = (*NAMING["stolen"], "arch", "modeltype", "save", "fidelity")
+    implied = (*NAMING["stolen"], "arch", "modeltype", "save")
     run = Run(home / runs.run_name("linear", parser, args, ("dataset_test", "seed"), implied))
     if args.resume and run.checkpoint.exists():
         print(f"{run.checkpoint} is there already\n{runs.as_row(read_checkpoint(run.checkpoint)['row'])}")
@@ -242,10 +246,20 @@ def main() -> None:
     config = runs.configuration("linear", args, precision)
     run.start(config, args.clear)
     run.say(f"{args.modeltype}: {path or args.arch}, {len(train[1])} labelled images, {precision}")
-    scores, state = judge(args, encoder, train, test, precision, run)
-    if others:
-        scores |= compare({"copy": encoder, **others}, train, test, precision, args.seed)
-        scores["independent"] = independent_path
+    state = {}
+    if args.finetune or args.recipe == "released":
+        scores = judge(args, encoder, train, test, precision, run)
+    else:
+        space = represent_both(encoder, train, test, precision)
+        scores, state = read_out(args, space, run)
+        if args.save:
+            backbone = encoder.state_dict().items()
+            state |= {k.removeprefix("backbone."): v.cpu() for k, v in backbone if not k.startswith("backbone.fc.")}
+        if others:
+            spaces = {name: represent_both(other, train, test, precision) for name, other in others.items()}
+            head = encoder.backbone.fc if encoder.has_head else None
+            scores |= compare({"copy": space, **spaces}, args.seed, head)
+            scores["independent"] = independent_path
 
     settings = checkpoint.get("settings", {})
     row = {

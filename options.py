@@ -178,8 +178,10 @@ def add_query_options(parser: Parser, num_queries: int | None = 9000) -> argpars
     return group
 
 
-def add_arch(parser: argparse._ActionsContainer, *flags: str, text: str, default: str | None = "resnet34") -> None:
-    parser.add_argument(*flags, choices=list(ARCHITECTURES), default=default, help=text)
+def add_arch(
+    parser: argparse._ActionsContainer, *flags: str, text: str, default: str | None = "resnet34", name: str = "arch"
+) -> None:
+    parser.add_argument(*flags, dest=name, choices=list(ARCHITECTURES), default=default, help=text)
 
 
 def fill(args: argparse.Namespace, *layers: Mapping[str, object]) -> None:

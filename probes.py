@@ -106,7 +106,8 @@ def logistic_regression(train: Labelled, test: Labelled, seed: int = 0) -> Probe
     mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
     standard = (features - mean) / std
     # In the basis of the principal components the penalty reads the same, and its Hessian is nearly diagonal.
-    spread, basis = torch.linalg.eigh(standard.T @ standard / len(standard))
+    # In float64: the float32 routine gives up on some matrices of low rank, such as those of fewer images than numbers.
+    spread, basis = (x.float() for x in torch.linalg.eigh((standard.T @ standard / len(standard)).double()))
     rotated = standard @ basis
     classes = classes_of(train, test)
     order = torch.randperm(len(features), generator=generator(seed, "held-out tenth")).to(features.device)

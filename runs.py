@@ -110,6 +110,19 @@ def check_finished(checkpoint: Mapping, path: Path) -> None:
         )
 
 
+def check_named(
+    checkpoint: Mapping, path: Path, args: argparse.Namespace, named: Mapping[str, str], always: Collection[str] = ()
+) -> None:
+    """UserError when the checkpoint has another setting than a flag of the command line, or one of `always`, names.
+
+    `named` maps flags to settings; a file of the 2022 code has none and passes.
+    """
+    for flag, name in named.items():
+        held, value = checkpoint.get("settings", {}).get(name), getattr(args, flag)
+        if held not in (None, value) and (flag in args.given or flag in always):
+            raise UserError(f"{path} was trained with {name} {held}, not {value}: give --{flag} {held}")
+
+
 def open_victim(args: argparse.Namespace) -> tuple[Path, dict, SimCLREncoder]:
     """The victim that the flags name: its file, what that holds, the encoder. UserError when flags and file differ."""
     wanted = {"dataset": args.dataset, "arch": args.arch, "epochs": args.epochstrain, "losstype": args.lossvictim}
@@ -117,11 +130,9 @@ def open_victim(args: argparse.Namespace) -> tuple[Path, dict, SimCLREncoder]:
     path = args.victim or find_run(args.checkpoint_dir, "victim", wanted, preferred)
     checkpoint = read_checkpoint(path)
     check_finished(checkpoint, path)
-    for flag, name in (("dataset", "dataset"), ("epochstrain", "epochs"), ("lossvictim", "losstype")):
-        held, value = checkpoint.get("settings", {}).get(name), getattr(args, flag)
-        # The data set decides which images may be queried, so it has to be right even where no flag names it.
-        if held not in (None, value) and (flag in args.given or flag == "dataset"):
-            raise UserError(f"{path} was trained with {name} {held}, not {value}: give --{flag} {held}")
+    # The data set decides which images may be queried, so it has to be right even where no flag names it.
+    named = {"dataset": "dataset", "epochstrain": "epochs", "lossvictim": "losstype"}
+    check_named(checkpoint, path, args, named, always=("dataset",))
     return path, checkpoint, encoder_from_checkpoint(checkpoint, str(path), args.arch)
 
 

@@ -34,7 +34,9 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_switch(
         queries, "--prototype", None, "the mean answer to an image's queries is the target of all its views"
     )
-    options.add_arch(parser, "--archstolen", text="the copy's architecture (default: resnet34)", default=None)
+    options.add_arch(
+        parser, "--archstolen", text="the copy's architecture (default: resnet34)", default=None, name="archstolen"
+    )
     options.add_switch(parser, "--stolenhead", False, "the copy matches the answers through a head of its own")
     training = options.add_training_options(parser, STEAL_LOSSES, epochs=100, losstype=None)
     options.add_loss_options(training)

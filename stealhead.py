@@ -30,7 +30,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_switch(
         parser, "--victimhead", False, "the victim answers its projections too; --losshead msewithhead needs them"
     )
-    options.add_arch(parser, "-a", "--arch", "--archstolen", text="the copy's architecture")
+    options.add_arch(parser, "-a", "--arch", "--archstolen", text="the copy's architecture", name="archstolen")
     queries = options.add_query_options(parser)
     queries.add_argument("--n-views", metavar="N", type=options.count, default=2, help="queries (views) for each image")
     queries.add_argument(

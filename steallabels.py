@@ -38,7 +38,13 @@ def parse() -> tuple[options.Parser, Namespace]:
     parser.add_argument(
         "--classifier", metavar="PATH", type=Path, help="linear_eval.py's checkpoint of its linear layer"
     )
-    options.add_arch(parser, "-a", "--arch", "--archstolen", text="the copy's architecture", default="resnet18")
+    options.add_arch(
+        parser,
+        *("-a", "--arch", "--archstolen"),
+        text="the copy's architecture",
+        default="resnet18",
+        name="archstolen",
+    )
     options.add_query_options(parser)
     training = options.add_training_options(parser, LABEL_LOSSES, epochs=100, losstype=None)
     training.add_argument("--mode", choices=list(MODES), default="direct", help="which recipe: the same as --losstype")
