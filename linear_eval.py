@@ -21,7 +21,7 @@ from models.checkpoint import encoder_from_checkpoint
 from probes import Labelled, classes_of, knn_accuracy, mlp_probe, top1_top5
 from simclr import SimCLR, Training
 from utils import Precision, Run, UserError, save_checkpoint, script, seeded
-from victim import Service, Victim
+from victim import version_of
 
 LOSSES = list(dict.fromkeys([*STEAL_LOSSES, *TRAIN_LOSSES, *LABEL_LOSSES]))
 # Flags that name the encoder that is judged, with the setting in its file that they are about if there is one; for
@@ -194,7 +194,7 @@ def victim_of(args: Namespace, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
     """The victim that a copy was stolen from. UserError when the file holds other weights."""
     path = args.victim or Path(checkpoint["settings"]["victim"])
     encoder = encoder_from_checkpoint(read_checkpoint(path), str(path))
-    if Victim(Service(encoder)).version != checkpoint["victim_version"]:
+    if version_of(encoder) != checkpoint["stolen_from"]:
         raise UserError(
             f"{path} is not the victim that this copy was stolen from, or was trained again: give --victim PATH"
         )

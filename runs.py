@@ -14,6 +14,7 @@ from models import SimCLREncoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from options import Parser, in_force
 from utils import Precision, Run, UserError, provenance
+from victim import version_of
 
 # Where a run happens, not what it computes: never part of its name.
 _ELSEWHERE = {"data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
@@ -123,8 +124,8 @@ def check_named(
             raise UserError(f"{path} was trained with {name} {held}, not {value}: give --{flag} {held}")
 
 
-def open_victim(args: argparse.Namespace) -> tuple[Path, dict, SimCLREncoder]:
-    """The victim that the flags name: its file, what that holds, the encoder. UserError when flags and file differ."""
+def open_victim(args: argparse.Namespace) -> tuple[Path, SimCLREncoder]:
+    """The victim that the flags name: its file and the encoder. UserError when flags and file differ."""
     wanted = {"dataset": args.dataset, "arch": args.arch, "epochs": args.epochstrain, "losstype": args.lossvictim}
     preferred = {"seed": args.seed, "recipe": getattr(args, "recipe", "standard")}
     path = args.victim or find_run(args.checkpoint_dir, "victim", wanted, preferred)
@@ -133,7 +134,7 @@ def open_victim(args: argparse.Namespace) -> tuple[Path, dict, SimCLREncoder]:
     # The data set decides which images may be queried, so it has to be right even where no flag names it.
     named = {"dataset": "dataset", "epochstrain": "epochs", "lossvictim": "losstype"}
     check_named(checkpoint, path, args, named, always=("dataset",))
-    return path, checkpoint, encoder_from_checkpoint(checkpoint, str(path), args.arch)
+    return path, encoder_from_checkpoint(checkpoint, str(path), args.arch)
 
 
 def queries_of(args: argparse.Namespace, views: int = 1) -> QuerySet:
@@ -146,7 +147,7 @@ def open_copy(
     parser: Parser,
     args: argparse.Namespace,
     core: Sequence[str],
-    victim: Path,
+    victim: tuple[Path, SimCLREncoder],
     queries: QuerySet,
     precision: Precision,
 ) -> tuple[Run, dict, dict]:
@@ -154,12 +155,13 @@ def open_copy(
     implied = ("dataset", "arch", "epochstrain", "lossvictim")
     name = run_name("stolen", parser, args, [*core, "num_queries", "epochs", "seed"], implied)
     config = configuration("stolen", args, precision)
-    config["settings"]["victim"] = str(victim)
-    print(f"victim: {victim}")
+    path, encoder = victim
+    config["settings"]["victim"] = str(path)
+    print(f"victim: {path}")
     print(f"copy: {args.archstolen}, {len(queries.images)} images of {queries.dataset} ({queries.split}), {precision}")
     print(in_force(args))
-    extra = {"kind": "stolen", "settings": config["settings"], **queries.record()}
-    return Run(home_of(victim, args.checkpoint_dir) / name, args.logdir), config, extra
+    extra = {"kind": "stolen", "settings": config["settings"], **queries.record(), "stolen_from": version_of(encoder)}
+    return Run(home_of(path, args.checkpoint_dir) / name, args.logdir), config, extra
 
 
 def ledger_figures(checkpoint: Mapping) -> dict[str, int]:

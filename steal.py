@@ -79,7 +79,7 @@ def main() -> None:
     loss, training = STEAL_LOSSES[args.losstype], options.training(args)
     check_plan(training.plan(loss), loss)
     precision = options.set_up(args)
-    path, _, encoder = runs.open_victim(args)
+    path, encoder = runs.open_victim(args)
     if args.victimhead and not encoder.has_head:
         raise UserError(f"{path} has no projection head: leave out --victimhead")
     queries = runs.queries_of(args, args.n_views)
@@ -92,7 +92,7 @@ def main() -> None:
         companion = SimSiamHeads(victim.dim, args.out_dim) if loss.predictor else None
 
     core = ("datasetsteal", "archstolen", "losstype")
-    run, config, extra = runs.open_copy(parser, args, core, path, queries, precision)
+    run, config, extra = runs.open_copy(parser, args, core, (path, encoder), queries, precision)
     if loss.needs_labels:
         print(f"{args.losstype}: this attacker has the true labels of the images queried")
     trainer = SimCLR(model, loss, training, run, precision, config, extra, args.resume, args.clear, companion)

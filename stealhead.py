@@ -100,7 +100,7 @@ def main() -> None:
     loss, training = STEAL_LOSSES[args.losstype], options.training(args)
     check_plan(training.plan(loss), loss)
     precision = options.set_up(args)
-    path, _, encoder = runs.open_victim(args)
+    path, encoder = runs.open_victim(args)
     if args.victimhead:
         if not encoder.has_head:
             raise UserError(f"{path} has no projection head: leave out --victimhead")
@@ -114,7 +114,7 @@ def main() -> None:
         companion = SimSiamHeads(args.out_dim, args.out_dim) if loss.predictor else None
 
     core = ("attack", "datasetsteal", "archstolen", "losshead", "losstype")
-    run, config, extra = runs.open_copy(parser, args, core, path, queries, precision)
+    run, config, extra = runs.open_copy(parser, args, core, (path, encoder), queries, precision)
 
     def refine(answers: Tensor) -> Tensor:
         """The answers through the re-created head."""

@@ -100,7 +100,7 @@ def main() -> None:
     parser, args = parse()
     loss = LABEL_LOSSES[args.losstype]
     precision = options.set_up(args)
-    path, _, encoder = runs.open_victim(args)
+    path, encoder = runs.open_victim(args)
     classifier = open_classifier(args, path, encoder)
     sells = "labels" if args.modeloutput == "labels" else "probabilities"
     service = Service(encoder, sells, classifier).to(precision.device)
@@ -109,7 +109,7 @@ def main() -> None:
     with seeded(args.seed):
         model = build_encoder(args.archstolen, victim.dim, encoder.normalize, head="linear")
     core = ("attack", "dataset_test", "datasetsteal", "archstolen", "losstype")
-    run, config, extra = runs.open_copy(parser, args, core, path, queries, precision)
+    run, config, extra = runs.open_copy(parser, args, core, (path, encoder), queries, precision)
     trainer = SimCLR(model, loss, options.training(args), run, precision, config, extra, args.resume, args.clear)
     # Before anything is paid for: are there test images that were not queried?
     record = {**queries.record(), "query_digests": digest_tensor(queries.images)}

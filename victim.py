@@ -38,6 +38,15 @@ def digest_tensor(images: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(image_digests(images))), dtype=torch.uint8).view(-1, 16)
 
 
+def version_of(network: nn.Module) -> str:
+    """Names a network's weights: 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, value in network.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass
 class Account:
     """What one account asked: queries, calls, and the digests of its distinct images."""
@@ -163,12 +172,8 @@ class Victim:
 
     @functools.cached_property
     def version(self) -> str:
-        """Names the weights that answer: 16 hexadecimal digits."""
-        digest = hashlib.blake2b(digest_size=8)
-        for key, value in self._encoder.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Names the weights that answer: see `version_of`."""
+        return version_of(self._encoder)
 
     @torch.no_grad()
     def query(self, images: Tensor, account: str = "default") -> Tensor:
