@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_aug.datasets import HELD_OUT, load_dataset, to_float
+from data_aug.datasets import HELD_OUT, load_labelled, to_float
 from models import SimCLREncoder
 from probes import (
     EachEpoch,
@@ -214,7 +214,7 @@ def load_test(
     All are taken, but the last 1,000 only where the others may have been queried (or `last_thousand`), or as many as
     `number`. UserError when images were queried that needn't have been.
     """
-    images, labels = load_dataset(name, root, "test")
+    images, labels = load_labelled(name, root, "test")
     queried = copy.get("query_set", {})
     from_test = (queried.get("dataset"), queried.get("split")) == (name, "test")
     if number is None:

@@ -13,7 +13,7 @@ from torch import nn
 import options
 import runs
 from attacks import ATTACKS
-from data_aug.datasets import load_dataset, take_balanced
+from data_aug.datasets import load_labelled, take_balanced
 from evaluation import Space, compare, evaluate, load_test, released_probe, represent, represent_both
 from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, build_encoder, read_checkpoint
@@ -140,7 +140,7 @@ def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
 
 def load_train(args: Namespace) -> Labelled:
     """Labelled images of the downstream data set, as many as asked for."""
-    images, labels = load_dataset(args.dataset_test, args.data, "train")
+    images, labels = load_labelled(args.dataset_test, args.data, "train")
     if args.num_labeled >= len(labels):
         return images, labels
     chosen = take_balanced(labels, args.num_labeled, args.seed)

@@ -81,16 +81,17 @@ def add_switch(parser: argparse._ActionsContainer, flag: str, default: bool, tex
 
 
 def add_data_options(parser: Parser, **flags: str) -> None:
-    """-data, and one data set flag for each keyword: its name and its help."""
+    """-data, and one data set flag for each keyword: its name and its help. Single dashes are a habit of 2022."""
     group = parser.add_argument_group("data")
     group.add_argument("-data", "--data", metavar="DIR", type=Path, default=Path("datasets"), help="data root")
-    for flag, text in flags.items():
+    for name, text in flags.items():
+        flag = name.replace("_", "-")
         group.add_argument(
-            f"--{flag.replace('_', '-')}",
+            *(f"-{flag}", f"--{flag}"),
             metavar="NAME",
             type=dataset_name,
             default="cifar10",
-            help=f"{text}: {', '.join(DATASETS)} or folder:PATH",
+            help=f"{text}: {', '.join(DATASETS)}, folder:PATH or npz:PATH",
         )
 
 

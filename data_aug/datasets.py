@@ -10,7 +10,7 @@ import contextlib
 import io
 import socket
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,15 @@ DATASETS = {
 }
 
 
+# Users' own data: <form>:PATH.
+FORMS = ("folder", "npz")
+
+
 def check_name(name: str) -> str:
     """The name itself if such a data set can be loaded; UserError naming those that can."""
-    if name not in DATASETS and not name.startswith("folder:"):
-        raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)} or folder:PATH")
+    form, _, path = name.partition(":")
+    if name not in DATASETS and not (form in FORMS and path):
+        raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}, folder:PATH or npz:PATH")
     return name
 
 
@@ -100,14 +105,17 @@ def unlabelled_split(name: str) -> str:
 def load_dataset(name: str, root: str | Path = "datasets", split: str = "train") -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of a data set's split, on the CPU.
 
-    `<root>/<name>.npz` is taken if it is there, else torchvision's files, downloaded when absent; `folder:PATH` reads
-    the images in PATH's class sub-folders; `shapes` and `textures` are made. Other sizes are resized with antialiasing.
-    UserError when the data cannot be had; it says what was sought where and how to provide it.
+    `<root>/<name>.npz` is taken if it is there, else torchvision's files, downloaded when absent; `npz:PATH` is such a
+    file elsewhere; `folder:PATH` reads the images in PATH's class sub-folders; `shapes` and `textures` are made. Images
+    without a class, such as an attacker's, have the label -1. Other sizes are resized with antialiasing. UserError when
+    the data cannot be had; it says what was sought where and how to provide it.
     """
     check_name(name)
     root = Path(root)
-    if name.startswith("folder:"):
-        return _load_folder(Path(name.removeprefix("folder:")).expanduser(), split)
+    form, _, path = name.partition(":")
+    if form in FORMS:
+        read = {"folder": _load_folder, "npz": _load_npz}[form]
+        return read(Path(path).expanduser(), split)
     source = DATASETS[name]
     if not isinstance(source, _Published):
         return source(split)
@@ -115,6 +123,14 @@ def load_dataset(name: str, root: str | Path = "datasets", split: str = "train")
     if offline.exists():
         return _load_npz(offline, split)
     return source.load(name, root, split)
+
+
+def load_labelled(name: str, root: str | Path, split: str) -> tuple[Tensor, Tensor]:
+    """`load_dataset` for who needs the labels: UserError when the images have none."""
+    images, labels = load_dataset(name, root, split)
+    if (labels < 0).any():
+        raise UserError(f"the {split} split of {name} has images without labels: choose another data set")
+    return images, labels
 
 
 def load_queries(name: str, victim_dataset: str, root: str | Path, force: bool = False) -> tuple[Tensor, Tensor, str]:
@@ -191,11 +207,14 @@ def _resize(images: Tensor) -> Tensor:
 
 
 def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
+    if not path.is_file():
+        raise UserError(f"no file {path}: npz:PATH wants arrays x_train, y_train, x_test, y_test")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+            images = arrays[f"x_{split}"]
+            labels = arrays[f"y_{split}"] if f"y_{split}" in arrays else np.full(images.shape[:1], -1)
     except KeyError:
-        raise UserError(f"{path} has no arrays x_{split} and y_{split}: write it with --export, or add them") from None
+        raise UserError(f"{path} has no array x_{split}: write it with --export, or add it") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is broken or not an npz of plain arrays: {str(error).splitlines()[0][:120]}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -212,10 +231,11 @@ def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
 def _load_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images below `folder`/<class>/, or below `folder`/train/<class>/ and `folder`/{test,val}/<class>/.
 
-    Without such split folders every tenth image of each class, drawn by a fixed seed, is the test split.
+    Without such split folders every tenth image of each class, drawn by a fixed seed, is the test split. Where there
+    are no class folders, the images in the folder itself are taken, and have no labels.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: folder:PATH wants a folder of class sub-folders")
+        raise UserError(f"no folder {folder}: folder:PATH wants a folder of images or of class sub-folders")
     if (folder / "train").is_dir():
         names = ("train",) if split == "train" else ("test", "val")
         place = next((folder / name for name in names if (folder / name).is_dir()), None)
@@ -241,16 +261,18 @@ def _load_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _image_files(folder: Path) -> tuple[list[Path], list[int]]:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     endings = Image.registered_extensions()
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in endings)
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        raise UserError(f"no images below {folder}: folder:PATH wants sub-folders of images, one for each class")
-    return files, labels
+
+    def images(place: Iterator[Path]) -> list[Path]:
+        return sorted(path for path in place if path.suffix.lower() in endings)
+
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    labelled = [(path, label) for label, place in enumerate(classes) for path in images(place.rglob("*"))]
+    found = labelled or [(path, -1) for path in images(folder.iterdir())]
+    if not found:
+        raise UserError(f"no images below {folder}: folder:PATH wants images, or sub-folders of them for each class")
+    files, labels = zip(*found, strict=True)
+    return list(files), list(labels)
 
 
 def _read_image(path: Path) -> Tensor:

@@ -11,6 +11,7 @@ from data_aug.datasets import (
     channel_statistics,
     export,
     load_dataset,
+    load_labelled,
     load_queries,
     take_balanced,
     to_float,
@@ -36,7 +37,7 @@ def image_folder(tmp_path):
 
     def write(path, classes=("ant", "bee"), number=20):
         for label, name in enumerate(classes):
-            (tmp_path / path / name).mkdir(parents=True)
+            (tmp_path / path / name).mkdir(parents=True, exist_ok=True)
             for i in range(number):
                 colour = (10 * i, 100 * label, 7)
                 Image.new("RGB", (48, 40), colour).save(tmp_path / path / name / f"{i:03}.png")
@@ -85,7 +86,7 @@ def test_npz_of_another_size_is_resized_with_antialiasing(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "text"),
     [
-        ({"x_train": np.zeros((2, 32, 32, 3), np.uint8)}, "no arrays x_train and y_train"),
+        ({"y_train": np.zeros(2, int)}, "no array x_train"),
         ({"x_train": np.zeros((2, 32, 32), np.uint8), "y_train": np.zeros(2, int)}, r"uint8 \(2, 32, 32\)"),
         ({"x_train": np.zeros((2, 32, 32, 3), np.float32), "y_train": np.zeros(2, int)}, "float32"),
         ({"x_train": np.zeros((2, 32, 32, 3), np.uint8), "y_train": np.zeros(3, int)}, "one integer for each of 2"),
@@ -166,6 +167,24 @@ def test_folder_without_splits_holds_out_a_tenth_of_each_class(image_folder):
     assert torch.equal(load_dataset(name, split="test")[0], test)
 
 
+def test_own_files_and_folders_need_no_labels(write_npz, image_folder, tmp_path):
+    own = write_npz("elsewhere/mine", train=5)
+    images, labels = load_dataset(f"npz:{own}")
+    assert labels.tolist() == [0, 1, 2, 3, 0]
+    np.savez(tmp_path / "bare.npz", x_train=images.permute(0, 2, 3, 1).numpy())
+    bare, labels = load_dataset(f"npz:{tmp_path / 'bare.npz'}")
+    assert torch.equal(bare, images)
+    assert labels.tolist() == [-1] * 5
+    flat = image_folder("flat", classes=("",), number=10)
+    images, labels = load_dataset(f"folder:{flat}")
+    assert (len(images), labels.unique().tolist()) == (9, [-1])
+    for name in (f"npz:{tmp_path / 'bare.npz'}", f"folder:{flat}"):
+        with pytest.raises(UserError, match="images without labels"):
+            load_labelled(name, tmp_path, "train")
+    assert "no file" in error("npz:nowhere.npz")
+    assert "no array x_test" in error(f"npz:{tmp_path / 'bare.npz'}", split="test")
+
+
 def test_bad_folders(image_folder, tmp_path):
     assert "no folder" in error(f"folder:{tmp_path / 'none'}")
     (tmp_path / "empty" / "class").mkdir(parents=True)
@@ -180,6 +199,9 @@ def test_unknown_name_lists_the_known():
     text = error("cifar11")
     assert "'cifar11'" in text
     assert "cifar10, cifar100, svhn" in text
+    assert "folder:PATH or npz:PATH" in text
+    for name in ("npz:", "folder:", "zip:x"):
+        assert "unknown data set" in error(name)
 
 
 def test_export_and_back(write_npz, tmp_path):
