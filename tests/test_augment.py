@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from data_aug import augment
-from data_aug.augment import ViewDraws, apply_views, draw_views, random_views
+from data_aug.augment import ViewDraws, apply_views, crop_and_flip, draw_views, random_views
 
 CLOSE = 2 / 255
 FACTORS = (0.2, 0.5, 0.97, 1.0, 1.4, 1.8)
@@ -295,6 +295,28 @@ def test_views_are_made_in_float32_under_autocast_and_leave_the_images():
         found = random_views(images, 32, seeded())
     assert torch.equal(found, expected)
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 28)])
+def test_crop_and_flip_is_torchvisions(height, width):
+    """Every view is the one that torchvision makes from one of the 2 x 81 possible draws, and all draws occur."""
+    images = sample_images(height, width)[:1].expand(MANY // 4, -1, -1, -1)
+    framed = TF.pad(pil(images[0]), 4)
+    possible = {}
+    for top in range(9):
+        for left in range(9):
+            for mirrored in (False, True):
+                view = TF.crop(framed, top, left, height, width)
+                view = TF.to_tensor(TF.hflip(view) if mirrored else view)
+                possible[view.numpy().tobytes()] = (top, left, mirrored)
+    views = crop_and_flip(images, seeded())
+    assert (views.dtype, views.shape) == (torch.float32, images.shape)
+    drawn = [possible[view.numpy().tobytes()] for view in views]
+    for values, number in zip(zip(*drawn, strict=True), (9, 9, 2), strict=True):
+        counts = [values.count(value) for value in sorted(set(values))]
+        assert len(counts) == number
+        assert stats.chisquare(counts).pvalue > LEAST_P
+    assert torch.equal(views, crop_and_flip(images, seeded()))
 
 
 def test_batches_without_images_or_colour_changes():
