@@ -190,9 +190,10 @@ def settings_of(args: Namespace, run: Run) -> dict:
     return {"batch_size": args.batch_size, "epochs": args.probe_epochs, "each_epoch": each_epoch}
 
 
-def victim_of(args: Namespace, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
+def victim_of(args: Namespace, copy: Path, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
     """The victim that a copy was stolen from. UserError when the file holds other weights."""
-    path = args.victim or Path(checkpoint["settings"]["victim"])
+    above = copy.parent.parent / "checkpoint.pth.tar"  # where it stays when the folder of all runs is moved
+    path = args.victim or (above if above.exists() else Path(checkpoint["settings"]["victim"]))
     encoder = encoder_from_checkpoint(read_checkpoint(path), str(path))
     if version_of(encoder) != checkpoint["stolen_from"]:
         raise UserError(
@@ -233,7 +234,7 @@ def main() -> None:
     *test, queried = load_test(args.dataset_test, args.data, checkpoint, args.num_test, last_thousand)
     others = {}
     if args.fidelity:
-        victim_path, victim = victim_of(args, checkpoint)
+        victim_path, victim = victim_of(args, path, checkpoint)
         independent_path, independent = independent_of(args, victim_path, victim)
         others = {"victim": victim.to(device), "independent": independent.to(device)}
 

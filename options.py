@@ -128,7 +128,7 @@ def add_run_options(parser: Parser, recipe: bool = True) -> None:
 def add_training_options(
     parser: Parser, losses: Mapping[str, Loss], epochs: int, losstype: str | None = "infonce"
 ) -> argparse._ArgumentGroup:
-    """Loss and optimisation. Values not given come from the loss's preset."""
+    """Loss and optimisation, with the settings that one of the losses takes. Values not given come from its preset."""
     presets = "; ".join(f"{name} {loss.batch_size}, {loss.lr:g}, {loss.optimizer}" for name, loss in losses.items())
     group = parser.add_argument_group("training", f"presets of batch size, learning rate and optimizer: {presets}")
     group.add_argument("--losstype", choices=list(losses), default=losstype, help="loss")
@@ -138,24 +138,26 @@ def add_training_options(
     group.add_argument("--wd", "--weight-decay", metavar="WD", type=float, dest="weight_decay", help="weight decay")
     group.add_argument("--optimizer", choices=["adam", "sgd"], help="optimizer")
     group.add_argument("--momentum", metavar="M", type=float, help="momentum of sgd (default: 0.9)")
-    group.add_argument(
-        "--temperature", metavar="T", type=positive, help="temperature of contrastive losses (default: 0.07)"
-    )
-    group.add_argument(
-        "--temperaturesn", "--tempsn", metavar="T", type=positive, default=100.0, help="temperature of softnn"
-    )
+    taken = {setting for loss in losses.values() for setting in loss.takes.values()}
+    if "temperature" in taken:
+        group.add_argument(
+            "--temperature", metavar="T", type=positive, help="temperature of contrastive losses (default: 0.07)"
+        )
+    if "temperaturesn" in taken:
+        group.add_argument(
+            "--temperaturesn", "--tempsn", metavar="T", type=positive, default=100.0, help="temperature of softnn"
+        )
+    if "distance" in taken:
+        group.add_argument(
+            "--distance", choices=list(DISTANCES), default="l2", help="what stolenencoder measures answers by"
+        )
+        group.add_argument(
+            "--lambda-aug", metavar="L", type=float, default=9.0, help="weight of stolenencoder's augmentations"
+        )
     group.add_argument("--flat-epochs", metavar="N", type=int, default=10, help="epochs before the cosine sets in")
     group.add_argument("--log-every-n-steps", metavar="N", type=count, default=200, help="steps between loss events")
     group.add_argument("--logdir", metavar="DIR", type=Path, help="folder for tensorboard events (default: the run's)")
     return group
-
-
-def add_loss_options(group: argparse._ActionsContainer) -> None:
-    """Settings that only some losses of stealing take."""
-    group.add_argument(
-        "--lambda-aug", metavar="L", type=float, default=9.0, help="weight of stolenencoder's augmentations"
-    )
-    group.add_argument("--distance", choices=list(DISTANCES), default="l2", help="distance of stolenencoder")
 
 
 def add_victim_options(parser: Parser, *arch_flags: str, losses: bool = True) -> None:

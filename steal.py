@@ -39,7 +39,6 @@ def parse() -> tuple[options.Parser, Namespace]:
     )
     options.add_switch(parser, "--stolenhead", False, "the copy matches the answers through a head of its own")
     training = options.add_training_options(parser, STEAL_LOSSES, epochs=100, losstype=None)
-    options.add_loss_options(training)
     training.add_argument(
         "--out_dim", metavar="N", type=options.count, default=512, help="width of symmetrized's heads"
     )
@@ -64,6 +63,7 @@ def complete(parser: options.Parser, args: Namespace) -> None:
         parser,
         args,
         {
+            "lambda_aug": None if args.useaug else "without --useaug: there are no augmentations to weigh",
             **options.idle_with(loss, args),
             "copy_views": None if args.useaug else "without --useaug: the copy sees what was sent",
             "prototype": None if args.n_views > 1 else "with one query for each image",

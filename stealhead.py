@@ -20,6 +20,9 @@ from simclr import SimCLR, check_plan
 from utils import Run, UserError, script, seeded
 from victim import Service, Victim
 
+# The copy sees what was sent, so there is nothing here for a loss about augmentations of its own.
+LOSSES = {name: loss for name, loss in STEAL_LOSSES.items() if not loss.plain_first}
+
 
 def parse() -> tuple[options.Parser, Namespace]:
     parser = options.Parser(__doc__.splitlines()[0])
@@ -36,8 +39,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     queries.add_argument(
         "--head-queries", metavar="N", type=options.count, help="share of the budget for the head (default: half)"
     )
-    training = options.add_training_options(parser, STEAL_LOSSES, epochs=100)
-    options.add_loss_options(training)
+    options.add_training_options(parser, LOSSES, epochs=100)
     head = parser.add_argument_group("head")
     head.add_argument(
         "--losshead", choices=list(HEAD_LOSSES), default="infonce", help="loss that the head is trained by"
@@ -48,7 +50,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_run_options(parser, recipe=False)
     args = parser.parse_args()
     args.attack = "stealhead"
-    loss, head_loss = STEAL_LOSSES[args.losstype], HEAD_LOSSES[args.losshead]
+    loss, head_loss = LOSSES[args.losstype], HEAD_LOSSES[args.losshead]
     options.fill(args, options.of_loss(loss), {"temperature": 0.07})
     options.fill(args, {"head_queries": args.num_queries // 2, "epochshead": 2 * args.epochs})
     idle = options.idle_with(loss, args)
@@ -97,7 +99,7 @@ def recreate_head(args: Namespace, answers: Tensor, images: int, trainer: dict, 
 def main() -> None:
     parser, args = parse()
     check(args)
-    loss, training = STEAL_LOSSES[args.losstype], options.training(args)
+    loss, training = LOSSES[args.losstype], options.training(args)
     check_plan(training.plan(loss), loss)
     precision = options.set_up(args)
     path, encoder = runs.open_victim(args)

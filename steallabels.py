@@ -83,7 +83,8 @@ def open_classifier(args: Namespace, victim: Path, encoder: SimCLREncoder) -> nn
             home, "linear", wanted, {"recipe": "standard", "seed": args.seed}, flag="--classifier"
         )
     except UserError as error:
-        command = f"linear_eval.py --modeltype victim --dataset-test {args.dataset_test}"
+        judge = f"linear_eval.py --modeltype victim --victim {victim} --arch {encoder.arch}"
+        command = f"{judge} --dataset-test {args.dataset_test}"
         raise UserError(f"{error} (`{command}` trains one)") from None
     state = read_checkpoint(path).get("state_dict", {})
     weight = state.get("fc.weight")

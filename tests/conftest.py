@@ -1,5 +1,6 @@
 """What tests share: small encoders, small data, and scripts run as a user runs them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import linear_eval
+import run
+import steal
 from models import build_encoder
 from utils import seeded
 
@@ -70,26 +74,57 @@ def data(tmp_path_factory):
     return root
 
 
+def call_main(module, data, folder, *arguments):
+    """Calls a script's main() in this process; returns the exit code. Runs go to <folder>/checkpoints."""
+    line = [f"{module.__name__}.py", "-data", data, "--checkpoint-dir", folder / "checkpoints", *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, line)))
+        try:
+            module.main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+# Flags of what `trained` holds; the scripts' own defaults otherwise.
+SMALL = ("--arch", "resnet10w32", "--device", "cpu")
+VICTIM = ("--dataset", "cifar10", "--epochstrain", "1")
+COPY = ("--datasetsteal", "svhn", "--epochs", "1", "--num_queries", "24")
+STEAL = (*SMALL, *VICTIM, *COPY, "--archstolen", "resnet10w32", "-b", "8")
+JUDGE = (*SMALL, "-n", "40", "--probe-epochs", "3")
+
+
+@pytest.fixture(scope="session")
+def _trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train = ("--dataset", "cifar10", "--epochs", "1", "-b", "32", *SMALL)
+    classifier = (*JUDGE, *VICTIM, "--modeltype", "victim", "--dataset-test", "mnist")
+    for module, arguments in (
+        (run, train),
+        (run, (*train, "--seed", "1")),
+        (run, (*train, "--losstype", "supervised")),
+        (steal, (*STEAL, "--losstype", "mse")),
+        (linear_eval, classifier),
+    ):
+        assert call_main(module, data, folder, *arguments) == 0
+    return folder
+
+
 @pytest.fixture
-def call(monkeypatch, capsys, data, tmp_path):
+def trained(_trained, tmp_path):
+    """A folder of the test's own with checkpoints of one epoch each: victims of seeds 0 and 1 and a supervised one; a
+    linear layer for mnist on the first of them, and a copy of it by mse, whose path is returned."""
+    shutil.copytree(_trained / "checkpoints", tmp_path / "checkpoints")
+    return next(tmp_path.rglob("stolen-svhn-resnet10w32-mse-*/checkpoint.pth.tar"))
+
+
+@pytest.fixture
+def call(capsys, data, tmp_path):
     """Calls a script's main() in this process; returns (exit code, output, errors). Runs go to <tmp>/checkpoints."""
 
     def run_main(module, *arguments, folder=tmp_path):
-        line = [
-            f"{module.__name__}.py",
-            "-data",
-            str(data),
-            "--checkpoint-dir",
-            str(folder / "checkpoints"),
-            *arguments,
-        ]
-        monkeypatch.setattr(sys, "argv", list(map(str, line)))
         capsys.readouterr()
-        try:
-            module.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
+        code = call_main(module, data, folder, *arguments)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 

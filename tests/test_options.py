@@ -76,6 +76,13 @@ def test_data_flag_has_both_spellings_and_switches_take_nothing(parse):
     for flag in ("-data", "--data"):
         args = parse(steal, f"{flag} here --force --useaug False --resume True")
         assert (str(args.data), args.force, args.useaug, args.resume) == ("here", True, False, True)
+    assert parse(stealhead, "-dataset svhn --tempsn 5 --losstype softnn").dataset == "svhn"
+
+
+def test_scripts_have_the_flags_that_one_of_their_losses_takes(parse):
+    for module, flag in ((stealhead, "--lambda-aug"), (run, "--distance"), (steallabels, "--temperature")):
+        with pytest.raises(SystemExit):
+            parse(module, f"{flag} 1")
 
 
 IDLE = [
@@ -86,6 +93,7 @@ IDLE = [
     (steal, "--losstype mse --temperature 0.1", "with the loss mse"),
     (steal, "--losstype mse --lambda-aug 1", "with the loss mse"),
     (steal, "--losstype mse --distance l1", "with the loss mse"),
+    (steal, "--losstype stolenencoder --lambda-aug 1", "without --useaug"),
     (steal, "--copy-views 2", "without --useaug"),
     (steal, "--prototype", "with one query for each image"),
     (steal, "--out_dim 64", "with the loss infonce"),
@@ -116,7 +124,7 @@ def test_the_same_flags_are_taken_where_they_act(parse):
     taken = [
         (run, "--losstype softnn --temperaturesn 5"),
         (run, "--losstype supcon --momentum 0.5"),
-        (steal, "--losstype stolenencoder --lambda-aug 1 --distance l1"),
+        (steal, "--losstype stolenencoder --useaug --lambda-aug 1 --distance l1"),
         (steal, "--useaug --copy-views 1"),
         (steal, "--n-views 2 --prototype"),
         (steal, "--losstype symmetrized --out_dim 64"),

@@ -9,7 +9,7 @@ import torch
 
 from data_aug.augment import random_views
 from loss import STEAL_LOSSES, TRAIN_LOSSES, nt_xent
-from models import SimSiamHeads, build_encoder, load_encoder, read_checkpoint
+from models import SimSiamHeads, build_copy, build_encoder, load_encoder, read_checkpoint
 from simclr import SimCLR, Training, learning_rate
 from utils import Precision, Run, UserError, generator, seeded
 from victim import Victim
@@ -280,6 +280,25 @@ def test_checkpoint_keeps_the_ledger_and_what_was_queried(tmp_path, images, enco
     assert checkpoint["ledger"]["default"]["queries"] == 12
     assert checkpoint["query_digests"].shape == (12, 16)
     assert not any(".fc." in key for key in checkpoint["state_dict"])  # no head that was never trained
+
+
+@pytest.mark.parametrize("theirs", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("ours", ["resnet18", "resnet34", "resnet50"])
+def test_every_combination_of_architectures(ours, theirs, tmp_path, images):
+    """Where the widths differ a linear map is trained and kept, and the copy's representation stays its own."""
+    with seeded(0):
+        victim, model = Victim(build_encoder(theirs)), build_copy(ours, {"resnet50": 2048}.get(theirs, 512))
+    untrained = copy.deepcopy(model.state_dict())
+    SimCLR(model, STEAL_LOSSES["mse"], settings(epochs=1, batch_size=2), Run(tmp_path), FP32).steal(images[:2], victim)
+    loaded = load_encoder(tmp_path / "checkpoint.pth.tar")
+    assert loaded.arch == ours
+    with torch.no_grad():
+        assert loaded(images[:1] / 255).shape == (1, {"resnet50": 2048}.get(ours, 512))
+        assert loaded.output(images[:1] / 255).shape == (1, victim.dim)
+    assert loaded.has_head == ((ours == "resnet50") != (theirs == "resnet50"))
+    if loaded.has_head:
+        assert isinstance(loaded.backbone.fc, torch.nn.Linear)
+        assert not torch.equal(loaded.backbone.fc.weight, untrained["backbone.fc.weight"])
 
 
 # ---- refusals ----

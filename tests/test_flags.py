@@ -1,0 +1,223 @@
+"""Every flag of every script has an effect that is seen here: on weights, on scores, or a refusal that names it."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import linear_eval
+import run
+import steal
+import stealhead
+import steallabels
+from models import read_checkpoint
+from tests.conftest import COPY, JUDGE, SMALL, STEAL, VICTIM
+
+TRAIN = ("--dataset", "cifar10", "--num-train", "32", "--epochs", "1", "-b", "16", *SMALL)
+ARCHES = ("--archvic", "resnet10w32", "--archstolen", "resnet10w32", "--device", "cpu")
+HEAD = (*ARCHES, *VICTIM, *COPY, "-b", "6", "--epochshead", "1")
+LABELS = (*ARCHES, *VICTIM, *COPY, "-b", "8", "--dataset-test", "mnist")
+STOLEN = (*JUDGE, *VICTIM, *COPY, "--losstype", "mse", "--dataset-test", "mnist")
+SUPERVISED = ("--victimtype", "supervised", "--dataset-test", "cifar10")
+SGD, SYMMETRIZED = ("--optimizer", "sgd"), ("--losstype", "symmetrized", "-b", "6")
+
+# What leaves the result as it is: tested with Run, with resumption, in test_run_flags and by every test here.
+ELSEWHERE = {"help", "data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
+ELSEWHERE |= {"log_every_n_steps", "fp16_precision"}
+
+# For each flag a command line and what is added to it; where a flag is about another, a base of its own.
+MACHINE = {"precision": (("--precision", "fp32"), "bf16"), "seed": "1"}
+OPTIMISER = {"lr": "0.1", "weight_decay": "0.1", "optimizer": "sgd", "epochs": "2", "batch_size": "4"}
+RATE = (("--epochs", "3", "--flat-epochs", "1"), "0")
+FOUND_BY = {"dataset": "svhn", "epochstrain": "2", "lossvictim": "softnn", "victim": "none.pth.tar"}
+QUERIES = {"num_queries": "16", "query_order": "random", "datasetsteal": "mnist"}
+FORCE = (("--datasetsteal", "cifar10"), "True")
+
+EFFECTS = {
+    run: (
+        TRAIN,
+        {
+            **MACHINE,
+            **OPTIMISER,
+            "flat_epochs": RATE,
+            "momentum": (SGD, "0.1"),
+            "losstype": "barlow",
+            "dataset": "svhn",
+            "num_train": "48",
+            "normalize": "True",
+            "arch": "resnet18",
+            "out_dim": "64",
+            "temperature": "0.5",
+            "temperaturesn": (("--losstype", "softnn"), "1"),
+            "n_views": "3",
+            "recipe": (("--epochs", "3", "--flat-epochs", "0"), "released"),
+        },
+    ),
+    steal: (
+        STEAL,
+        {
+            **MACHINE,
+            **OPTIMISER,
+            **FOUND_BY,
+            **QUERIES,
+            "arch": "resnet18",
+            "flat_epochs": RATE,
+            "momentum": (SGD, "0.1"),
+            "force": FORCE,
+            "attack": "cont-steal",
+            "losstype": "mse",
+            "archstolen": "resnet18",
+            "victimhead": "True",
+            "stolenhead": "True",
+            "n_views": "2",
+            "queryaug": "True",
+            "prototype": (("--n-views", "2"), "True"),
+            "useaug": "True",
+            "copy_views": (("--useaug",), "2"),
+            "temperature": "0.5",
+            "temperaturesn": (("--losstype", "softnn"), "0.1"),
+            "lambda_aug": (("--losstype", "stolenencoder", "--useaug"), "1"),
+            "distance": (("--losstype", "stolenencoder"), "cosine"),
+            "out_dim": (SYMMETRIZED, "64"),
+            "recipe": (("--epochs", "3", "--flat-epochs", "1"), "released"),
+        },
+    ),
+    stealhead: (
+        HEAD,
+        {
+            **MACHINE,
+            **OPTIMISER,
+            **FOUND_BY,
+            **QUERIES,
+            "arch": "resnet18",
+            "archstolen": "resnet18",
+            "flat_epochs": RATE,
+            "momentum": (SGD, "0.1"),
+            "force": FORCE,
+            "losstype": "mse",
+            "losshead": "softnn",
+            "victimhead": (("--losshead", "msewithhead"), "True"),
+            "n_views": "3",
+            "head_queries": "16",
+            "lrhead": "0.1",
+            "epochshead": "2",
+            "out_dim": "64",
+            "temperature": (("--losstype", "mse"), "0.5"),  # the head's
+            "temperaturesn": (("--losshead", "softnn"), "0.1"),
+        },
+    ),
+    steallabels: (
+        LABELS,
+        {
+            **MACHINE,
+            **OPTIMISER,
+            **FOUND_BY,
+            **QUERIES,
+            "seed": (SUPERVISED, "1"),
+            "arch": "resnet18",
+            "archstolen": "resnet18",
+            "flat_epochs": RATE,
+            "momentum": (SGD, "0.1"),
+            "force": FORCE,
+            "losstype": "knockoff",
+            "mode": "knockoff",
+            "modeloutput": "logits",
+            "victimtype": (SUPERVISED[2:], "supervised"),
+            "classifier": "none.pth.tar",
+            "dataset_test": "svhn",
+            "num_test": "8",
+        },
+    ),
+    linear_eval: (
+        STOLEN,
+        {
+            **MACHINE,
+            "dataset": "svhn",
+            "datasetsteal": "mnist",
+            "losstype": "infonce",
+            "epochstrain": "2",
+            "epochs": "2",
+            "num_queries": "16",
+            "attack": "stealhead",
+            "head": "True",
+            "victimhead": "True",
+            "stolenhead": "True",
+            "victim": "none.pth.tar",
+            "stolen": "none.pth.tar",
+            "arch": "resnet18",
+            "modeltype": (JUDGE, "random"),
+            "dataset_test": "svhn",
+            "num_labeled": "30",
+            "num_test": "8",
+            "probe": "mlp",
+            "finetune": (("-b", "8"), "True"),
+            "probe_epochs": "1",
+            "batch_size": "8",
+            "lr": "0.1",
+            "save": "False",
+            "fidelity": "True",
+            "independent": (("--fidelity",), "random"),
+            "recipe": (("--num-test", "24"), "released"),
+        },
+    ),
+}
+CASES = [(module, name) for module, (_, flags) in EFFECTS.items() for name in flags]
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    def parser(module):
+        monkeypatch.setattr(sys, "argv", [module.__name__])
+        return module.parse()[0]
+
+    return parser
+
+
+@pytest.mark.parametrize("module", EFFECTS, ids=lambda module: module.__name__)
+def test_every_flag_is_here(module, parser_of):
+    flags = {action.dest for action in parser_of(module)._actions} - ELSEWHERE
+    assert flags == EFFECTS[module][1].keys()
+
+
+@pytest.fixture
+def outcome(call, trained, tmp_path):
+    """What a command line leads to: the weights it writes and the scores it reports, or its refusal."""
+    results = tmp_path / "checkpoints" / "results.jsonl"
+    timing = {"seconds", "command", "checkpoint", "seed", "precision"}
+
+    def of(module, line):
+        code, out, err = call(module, *line)
+        if code:
+            assert code == 2
+            return err
+        if module in (linear_eval, steallabels):
+            row = json.loads(results.read_text().splitlines()[-1])
+            scores = {key: value for key, value in row.items() if key not in timing}
+        else:
+            scores = None
+        written = next(line for line in reversed(out.splitlines()) if line.startswith(("copy: ", "victim: ", "row: ")))
+        path = written.split(": ")[1].split(" and ")[0].replace("metrics.jsonl", "checkpoint.pth.tar")
+        return read_checkpoint(path)["state_dict"], scores
+
+    return of
+
+
+def differ(a, b):
+    if isinstance(a, str) or isinstance(b, str):
+        return a != b
+    return a[1] != b[1] or a[0].keys() != b[0].keys() or not all(torch.equal(a[0][key], b[0][key]) for key in a[0])
+
+
+@pytest.mark.parametrize(("module", "name"), CASES, ids=[f"{module.__name__}-{name}" for module, name in CASES])
+def test_flag_has_an_effect(module, name, parser_of, outcome):
+    line, flags = EFFECTS[module]
+    base, value = flags[name] if isinstance(flags[name], tuple) else ((), flags[name])
+    if module is linear_eval and name not in ("probe", "finetune", "modeltype", "recipe"):
+        base = ("--save", *base)
+    flag = parser_of(module).flag(name)
+    before = outcome(module, [*line, *base])
+    after = outcome(module, [*line, *base, flag, value])
+    assert differ(before, after)
+    if isinstance(after, str):  # a refusal has to be about this flag
+        assert value in after or flag.strip("-") in after, after

@@ -1,0 +1,135 @@
+"""Judging an encoder: other probes, fine-tuning, and how close a copy is to its victim."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import linear_eval
+from data_aug.datasets import load_dataset
+from evaluation import compare, represent_both
+from models import load_encoder, read_checkpoint
+from probes import knn_accuracy
+from tests.conftest import COPY, JUDGE, SMALL, VICTIM
+from utils import Precision
+
+STOLEN = (*SMALL, "-n", "40", *VICTIM, *COPY, "--losstype", "mse", "--dataset-test", "mnist")
+FP32 = ("--precision", "fp32")
+FIGURES = ("l2", "cosine", "cka", "overlap", "agreement")
+
+
+@pytest.fixture
+def judged(call, trained, tmp_path):
+    """The row of an evaluation of the copy."""
+
+    def row(*arguments):
+        epochs = () if "knn" in arguments else ("--probe-epochs", "3")
+        code, _, err = call(linear_eval, *STOLEN, *epochs, *arguments)
+        assert code == 0, err
+        return json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+
+    return row
+
+
+@pytest.fixture
+def victims(trained, tmp_path):
+    """The checkpoints of the victims of seeds 0 and 1."""
+    return [next(tmp_path.rglob(f"victim-cifar10-*-infonce-*seed{seed}*/checkpoint.pth.tar")) for seed in (0, 1)]
+
+
+def mnist(data):
+    return load_dataset("mnist", data, "train"), load_dataset("mnist", data, "test")
+
+
+# ---- probes ----
+
+
+def test_each_probe_reports_what_it_measures(judged):
+    rows = {probe: judged("--probe", probe) for probe in ("linear", "mlp", "knn")}
+    scores = {probe: {"top1", "top5", "top1_converged", "knn"} & row.keys() for probe, row in rows.items()}
+    assert scores == {
+        "linear": {"top1", "top5", "top1_converged", "knn"},
+        "mlp": {"top1", "top5"},
+        "knn": {"knn"},
+    }
+    assert all(row["probe"] == probe for probe, row in rows.items())
+    assert rows["knn"]["knn"] == rows["linear"]["knn"]
+
+
+def test_the_nearest_neighbours_are_those_of_the_representations(judged, trained, data):
+    space = represent_both(load_encoder(trained), *mnist(data), Precision("fp32", torch.device("cpu")))
+    assert judged("--probe", "knn", *FP32)["knn"] == pytest.approx(knn_accuracy(*space))
+
+
+def test_finetuning_trains_the_whole_encoder_and_leaves_the_copy(judged, trained, tmp_path):
+    before = read_checkpoint(trained)["state_dict"]
+    row = judged("--finetune", "-b", "8")
+    assert row["probe"] == "finetune"
+    assert {"top1", "top5"} <= row.keys()
+    tuned = read_checkpoint(next(tmp_path.rglob("finetuned/checkpoint.pth.tar")))["state_dict"]
+    assert tuned["backbone.fc.weight"].shape == (10, 256)
+    assert not torch.equal(tuned["backbone.conv1.weight"], before["backbone.conv1.weight"])
+    after = read_checkpoint(trained)["state_dict"]
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+# ---- fidelity ----
+
+
+def test_fidelity_is_measured_on_test_images_beside_the_other_victim(judged, trained, victims, data):
+    row = judged("--fidelity", *FP32)
+    paths = {"copy": trained, "victim": victims[0], "independent": victims[1]}
+    precision = Precision("fp32", torch.device("cpu"))
+    spaces = {name: represent_both(load_encoder(path), *mnist(data), precision) for name, path in paths.items()}
+    expected = compare(spaces)
+    for name in [*FIGURES, *(f"independent_{name}" for name in FIGURES)]:
+        assert row[name] == pytest.approx(expected[name], abs=1e-4), name
+    assert row["independent"] == str(victims[1])
+
+
+def test_an_untrained_encoder_or_a_file_can_be_the_independent_one(judged, victims):
+    drawn = judged("--fidelity", "--independent", "random")
+    given = judged("--fidelity", "--independent", victims[1])
+    assert (drawn["independent"], given["independent"]) == ("random", str(victims[1]))
+    assert drawn["independent_cka"] != given["independent_cka"]
+    assert drawn["cka"] == given["cka"]
+
+
+def test_without_another_victim_one_has_to_be_named(refused, victims, tmp_path):
+    for other in tmp_path.rglob("victim-*/checkpoint.pth.tar"):
+        if other not in (victims[0], *victims[0].parent.glob("*/*")):
+            other.unlink()
+    text = refused(linear_eval, *STOLEN, "--fidelity")
+    assert "give --independent PATH" in text
+
+
+def test_fidelity_to_another_victim_than_the_copys_is_refused(refused, trained, victims):
+    assert "is not the victim that this copy was stolen from" in refused(
+        linear_eval, *STOLEN, "--fidelity", "--stolen", trained, "--victim", victims[1]
+    )
+    other = read_checkpoint(victims[1])
+    torch.save(other, victims[0])  # trained again in its place
+    assert "or was trained again" in refused(linear_eval, *STOLEN, "--fidelity")
+
+
+# ---- which encoder ----
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "held"),
+    [("--losstype", "infonce", "mse"), ("--num_queries", "25", "24"), ("--datasetsteal", "mnist", "svhn")],
+)
+def test_a_copy_named_by_its_file_has_to_be_what_the_flags_say(flag, value, held, refused, trained):
+    text = refused(linear_eval, *SMALL, "--stolen", trained, flag, value, "--dataset-test", "mnist")
+    assert f"{held}, not {value}: give {flag} {held}" in text
+
+
+def test_a_copy_named_by_its_file_needs_no_other_flags(call, trained):
+    assert call(linear_eval, *JUDGE, "--stolen", trained, "--dataset-test", "mnist")[0] == 0
+
+
+def test_images_without_labels_cannot_judge(refused, trained, tmp_path):
+    np.savez(tmp_path / "bare.npz", x_train=np.zeros((40, 32, 32, 3), np.uint8))
+    text = refused(linear_eval, *JUDGE, "--stolen", trained, "--dataset-test", f"npz:{tmp_path / 'bare.npz'}")
+    assert "images without labels" in text
