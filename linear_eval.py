@@ -24,6 +24,8 @@ from utils import Precision, Run, UserError, save_checkpoint, script, seeded
 from victim import version_of
 
 LOSSES = list(dict.fromkeys([*STEAL_LOSSES, *TRAIN_LOSSES, *LABEL_LOSSES]))
+# By what a copy is looked for where the command line doesn't say, for every attack.
+COPIES = {**ATTACKS, "stealhead": {}, "steallabels": {"losstype": "direct", "archstolen": "resnet18"}}
 # Flags that name the encoder that is judged, with the setting in its file that they are about if there is one; for
 # another kind of encoder they mean nothing.
 NAMING = {
@@ -57,8 +59,14 @@ def parse() -> tuple[options.Parser, Namespace]:
     model.add_argument("--modeltype", choices=list(NAMING), default="stolen", help="which is judged")
     model.add_argument("--victim", metavar="PATH", type=Path, help="checkpoint of the victim (default: found by flags)")
     model.add_argument("--stolen", metavar="PATH", type=Path, help="checkpoint of the copy (default: found by flags)")
-    options.add_arch(model, "-a", "--arch", text="architecture of the encoder that is judged")
-    model.add_argument("--attack", choices=[*ATTACKS, "stealhead", "steallabels"], default="direct", help="of the copy")
+    options.add_arch(
+        model,
+        "-a",
+        "--arch",
+        text="the judged encoder's architecture (default: the attack's, or resnet34)",
+        default=None,
+    )
+    model.add_argument("--attack", choices=list(COPIES), default="direct", help="of the copy")
     model.add_argument("--losstype", choices=LOSSES, help="loss of the encoder (default: the attack's, or infonce)")
     model.add_argument("--epochstrain", metavar="N", type=options.count, default=200, help="epochs of the victim")
     model.add_argument("--epochs", metavar="N", type=options.count, default=100, help="epochs of the copy")
@@ -85,9 +93,11 @@ def parse() -> tuple[options.Parser, Namespace]:
     args = parser.parse_args()
     if args.head:
         args.attack = "stealhead"
-    attack = ATTACKS.get(args.attack, {}) if args.modeltype == "stolen" else {}
-    named = {"losstype": attack.get("losstype", "infonce"), "num_queries": attack.get("num_queries", 9000)}
-    options.fill(args, named, {"lr": 1e-4 if args.modeltype == "stolen" else 3e-4})
+    named = {"losstype": "infonce", "num_queries": 9000, "archstolen": "resnet34"}
+    named |= COPIES[args.attack] if args.modeltype == "stolen" else {}
+    named["arch"] = named["archstolen"]
+    options.fill(args, {name: named[name] for name in ("losstype", "num_queries", "arch")})
+    options.fill(args, {"lr": 1e-4 if args.modeltype == "stolen" else 3e-4})
     refuse(parser, args)
     return parser, args
 

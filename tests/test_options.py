@@ -149,6 +149,10 @@ def test_modes_of_label_stealing_and_their_2022_names(parse):
 
 def test_linear_evaluation_knows_an_attack_by_its_defaults(parse):
     args = parse(linear_eval, "--attack rda")
-    assert (args.losstype, args.num_queries) == ("rda", 25000)
+    assert (args.losstype, args.num_queries, args.arch) == ("rda", 25000, "resnet18")
+    assert parse(linear_eval, "--attack conventional").lr == 1e-4  # the probe's, not the attack's
+    args = parse(linear_eval, "--attack steallabels --arch resnet50")
+    assert (args.losstype, args.num_queries, args.arch) == ("direct", 9000, "resnet50")
     assert parse(linear_eval, "--head").attack == "stealhead"
-    assert parse(linear_eval).losstype == "infonce"
+    assert (parse(linear_eval).losstype, parse(linear_eval).arch) == ("infonce", "resnet34")
+    assert parse(linear_eval, "--modeltype victim --losstype softnn").arch == "resnet34"
