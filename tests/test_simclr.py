@@ -118,6 +118,9 @@ def test_checkpoint_reads_back_as_an_encoder(tmp_path, images):
         torch.testing.assert_close(loaded(images / 255), job.model.eval()(images / 255), rtol=1e-4, atol=1e-5)
 
 
+RDA = {"n_views": 5, "queryaug": True, "prototype": True, "useaug": True, "copy_views": 3}
+
+
 class Killed(Exception):
     pass
 
@@ -140,20 +143,23 @@ def kill_in_epoch(job, epoch):
     return job
 
 
-@pytest.mark.parametrize("losstype", ["infonce", "mse"])
-def test_resumed_attack_is_bit_identical_and_pays_once(losstype, tmp_path, images, encoder):
-    values = {"losstype": losstype, "epochs": 3, "useaug": True}
-    trainer(tmp_path / "whole", **values).steal(images, Victim(encoder, budget=12))
+@pytest.mark.parametrize(
+    ("losstype", "sent", "more"),
+    [("infonce", 12, {"useaug": True}), ("mse", 12, {"useaug": True}), ("symmetrized", 24, {}), ("softnn", 60, RDA)],
+)
+def test_resumed_attack_is_bit_identical_and_pays_once(losstype, sent, more, tmp_path, images, encoder):
+    values = {"losstype": losstype, "epochs": 3, **more}
+    trainer(tmp_path / "whole", **values).steal(images, Victim(encoder, budget=sent))
     job = kill_in_epoch(trainer(tmp_path / "cut", **values), epoch=1)
     with pytest.raises(Killed):
-        job.steal(images, Victim(encoder, budget=12))
+        job.steal(images, Victim(encoder, budget=sent))
     assert read_checkpoint(tmp_path / "cut" / "checkpoint.pth.tar")["epoch"] == 1
-    victim = Victim(encoder, budget=12)
+    victim = Victim(encoder, budget=sent)
     asked = []
     victim.defences.append(lambda answers, images, account: (asked.append(len(images)), answers)[1])
     trainer(tmp_path / "cut", resume=True, **values).steal(images, victim)
     assert asked == []
-    assert victim.ledger.queries == 12
+    assert victim.ledger.queries == sent
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert [record["epoch"] for record in Run(tmp_path / "cut").records()] == [0, 1, 2]
     assert not list((tmp_path / "cut").glob("answers*"))
