@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import linear_eval
 import run
 import steal
 from models import build_encoder, load_encoder, read_checkpoint
+from tests import conftest
 from tests.conftest import ROOT
 
 SMALL = ["--arch", "resnet10w32", "--device", "cpu"]
@@ -168,6 +171,25 @@ def test_a_checkpoint_of_2022_is_stolen_from(call, tmp_path):
     assert copy.parent.parent.name.startswith("cifar10_checkpoint_200_infonce-")
 
 
+def test_queries_from_any_file_or_folder(call, trained, tmp_path):
+    """Without labels; linear evaluation finds the copies by the same names."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", x_train=images)
+    (tmp_path / "own").mkdir()
+    for number, image in enumerate([*images, *images[:4]]):
+        Image.fromarray(image).save(tmp_path / "own" / f"{number:02}.png")
+    for name in (f"npz:{tmp_path / 'own.npz'}", f"folder:{tmp_path / 'own'}"):
+        line = (*conftest.STEAL, "--datasetsteal", name, "--losstype", "mse")
+        code, out, err = call(steal, *line)
+        assert code == 0, err
+        copy = out.splitlines()[-1].removeprefix("copy: ")
+        assert read_checkpoint(copy)["query_set"] == {"dataset": name, "split": "train", "images": 24}
+        judge = (*conftest.JUDGE, *conftest.VICTIM, *conftest.COPY, "--losstype", "mse", "--dataset-test", "mnist")
+        code, out, err = call(linear_eval, *judge, "--datasetsteal", name)
+        assert code == 0, err
+        assert copy in out
+
+
 # ---- killed and resumed ----
 
 
@@ -287,7 +309,7 @@ def test_no_permission_to_write(refused, tmp_path):
 
 
 def test_help_lists_everything_and_scripts_run_from_anywhere(run_script):
-    for name in ("run.py", "steal.py", "linear_eval.py", "demo.py"):
+    for name in ("run.py", "steal.py", "stealhead.py", "steallabels.py", "linear_eval.py", "demo.py"):
         code, _, err = run_script(name, "--help")
         assert (code, err) == (0, "")
     assert "--archstolen" in run_script("steal.py", "--help")[1]

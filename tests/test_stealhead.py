@@ -95,3 +95,10 @@ def test_refusals(arguments, text, refused, trained, tmp_path):
 def test_one_view_is_enough_where_the_victim_answers_projections(stolen):
     _, copy, _ = stolen(*TRUE_HEAD, *VARIED, "--n-views", "1")
     assert copy["query_set"]["images"] == 24
+
+
+def test_a_supervised_victim_is_an_encoder_like_others(stolen):
+    _, copy, _ = stolen("--lossvictim", "supervised")
+    assert copy["settings"]["lossvictim"] == "supervised"
+    _, _, head = stolen("--lossvictim", "supervised", *TRUE_HEAD, *VARIED)
+    assert head["state_dict"]["2.weight"].shape == (10, 256)  # its projections are its logits
