@@ -12,17 +12,27 @@ from utils import Run, UserError
 # Reading the loss off a GPU makes it wait, so there it is looked at once in so many steps; on a CPU in each.
 STEPS_BETWEEN_LOOKS = 50
 # Unit rows spread evenly over the sphere have a standard deviation of 1 / sqrt(D) in each dimension. Features with less
-# than this part of it, on average over an epoch, have collapsed to nearly one point.
+# than this part of it, on average over an epoch, have collapsed to nearly one point; or, where what they have to match
+# is less spread than that, with less than this part of its spread.
 COLLAPSED = 0.01
+
+
+def spread_of(features: Tensor) -> Tensor:
+    """Mean standard deviation per dimension () of features (R, D), brought to length 1."""
+    return F.normalize(features, dim=1).std(dim=0, correction=0).mean()
 
 
 class Watch:
     """Looks at one epoch's losses and features without holding up the device; stops at what cannot go on.
 
     That is a loss that is not finite, at its step, and features that have collapsed, at the end of the epoch.
+    `matched` is the spread of what the features have to match, if anything.
     """
 
-    def __init__(self, run: Run, epoch: int, steps: int, log_every: int, device: torch.device):
+    def __init__(
+        self, run: Run, epoch: int, steps: int, log_every: int, device: torch.device, matched: float = math.inf
+    ):
+        self.matched = matched
         self.run, self.epoch, self.steps, self.log_every = run, epoch, steps, log_every
         self.interval = 1 if device.type == "cpu" else STEPS_BETWEEN_LOOKS
         self.pending: list[Tensor] = []
@@ -33,8 +43,7 @@ class Watch:
     def add(self, loss: Tensor, features: Tensor, lr: float, bar: tqdm) -> None:
         """Take a step's loss () and features (R, D)."""
         self.even = features.shape[1] ** -0.5 if len(features) > 1 else 0.0
-        spread = F.normalize(features, dim=1).std(dim=0, correction=0).mean()
-        self.pending.append(torch.stack([loss, spread]))
+        self.pending.append(torch.stack([loss, spread_of(features)]))
         if len(self.pending) >= self.interval:
             self._look(lr, bar)
 
@@ -59,10 +68,11 @@ class Watch:
         if self.pending:
             self._look(lr, bar)
         loss, spread = (sum(values) / len(values) for values in (self.losses, self.spreads))
-        if spread < COLLAPSED * self.even:
+        expected = min(self.even, self.matched)
+        if spread < COLLAPSED * expected:
             raise UserError(
                 f"the features have collapsed to nearly one point in epoch {self.epoch + 1}: their spread is "
-                f"{spread:.2g}, evenly spread ones have {self.even:.2g}; give another --losstype or a smaller --lr "
+                f"{spread:.2g}, {expected:.2g} is to be expected; give another --losstype or a smaller --lr "
                 f"(now {lr:.3g}); {self._kept()}"
             )
         return loss, spread

@@ -15,7 +15,7 @@ from data_aug.augment import crop_and_flip, random_views
 from loss import Loss
 from models import SimSiamHeads, read_checkpoint
 from models.checkpoint import load_checked
-from monitor import Watch
+from monitor import Watch, spread_of
 from utils import Precision, Run, UserError, generator, save_checkpoint
 from victim import Victim, ask_once, digest_tensor
 
@@ -102,6 +102,7 @@ class SimCLR:
         self.optimizer = self._optimizer()
         self.scaler = precision.grad_scaler()
         self.first_epoch = 0
+        self.matched = math.inf  # the spread of what the features have to match, if anything
         self.resumed: dict = {}
         if resume and run.checkpoint.exists():
             self._load(read_checkpoint(run.checkpoint))
@@ -145,6 +146,8 @@ class SimCLR:
         if not self._start():
             return
         given = [rows.to(device) for rows in (representations, projections) if rows is not None]
+        if projections is not None:
+            self.matched = spread_of(given[1]).item()
 
         def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
             rows = torch.cat([index + view * count for view in range(views)])
@@ -192,7 +195,10 @@ class SimCLR:
             self.extra["ledger"] = victim.ledger.state_dict()
             summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
             self.run.say(summary.format(**victim.ledger.summary()))
-            return Answered(images, sent, refine(answers) if refine else answers, plan)
+            answers = refine(answers) if refine else answers
+            if not self.companion:
+                self.matched = spread_of(answers).item()
+            return Answered(images, sent, answers, plan)
 
         released = training.recipe == "released"
         once = None if released else ask(self.run.folder / f"answers-{victim.version}.f32")
@@ -230,7 +236,7 @@ class SimCLR:
                 group["lr"] = lr
             order = torch.randperm(count, generator=generator(training.seed, "order", epoch)).to(device)
             draws = generator(training.seed, "views", epoch)
-            watch = Watch(self.run, epoch, steps, training.log_every_n_steps, device)
+            watch = Watch(self.run, epoch, steps, training.log_every_n_steps, device, self.matched)
             started = time.perf_counter()
             with tqdm(total=steps * training.batch_size, unit="img", unit_scale=True, disable=None, leave=False) as bar:
                 bar.set_description(f"epoch {epoch + 1}/{training.epochs}")

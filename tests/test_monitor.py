@@ -7,9 +7,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from loss import STEAL_LOSSES
-from models import build_encoder
-from monitor import Watch
+from loss import HEAD_LOSSES, STEAL_LOSSES
+from models import build_encoder, projection_head
+from monitor import Watch, spread_of
 from simclr import SimCLR, Training
 from utils import Precision, Run, UserError, seeded
 from victim import Victim
@@ -65,8 +65,22 @@ def test_collapse_stops_at_the_end_of_the_epoch(tmp_path, bar):
     epoch = watch(tmp_path)
     for _ in range(4):
         epoch.add(torch.tensor(1.0), torch.ones(8, 5) + 1e-6 * torch.randn(8, 5), 0.1, bar)
-    with pytest.raises(UserError, match=r"collapsed to nearly one point in epoch 3: their spread is .* evenly spread"):
+    with pytest.raises(
+        UserError, match=r"collapsed to nearly one point in epoch 3: their spread is .* 0.45 is to be expected"
+    ):
         epoch.close(0.1, bar)
+
+
+def test_features_are_measured_by_what_they_match(tmp_path, bar):
+    """As close together as those have not collapsed, closer have."""
+    matched = torch.ones(8, 5) + 1e-3 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    epochs = [watch(tmp_path) for _ in range(2)]
+    for epoch, features in zip(epochs, (matched, torch.ones(8, 5)), strict=True):
+        epoch.matched = spread_of(matched).item()
+        epoch.add(torch.tensor(1.0), features, 0.1, bar)
+    assert epochs[0].close(0.1, bar)[1] == pytest.approx(epochs[0].matched)
+    with pytest.raises(UserError, match="collapsed"):
+        epochs[1].close(0.1, bar)
 
 
 def test_a_batch_of_one_image_has_no_spread_to_judge(tmp_path, bar):
@@ -99,8 +113,18 @@ def test_spread_is_a_tensorboard_scalar(steal):
     assert scalars["step/spread"] == pytest.approx(scalars["spread"])  # one step an epoch here
 
 
-def test_a_copy_that_collapses_is_stopped(steal, tmp_path):
-    """A victim that answers the same to everything."""
+def test_a_copy_of_a_victim_that_answers_the_same_to_everything_is_not_stopped(steal):
+    scalars = steal(epochs=50, defences=[lambda answers, images, account: 5 * torch.ones_like(answers)])
+    assert scalars["spread"][-1] < 0.01 / 16
+
+
+def test_a_head_that_collapses_is_stopped(tmp_path):
+    """The mean squared error between views is least for a constant head."""
+    with seeded(0):
+        head = projection_head(32, 8)
+    rows = torch.rand(2 * 16, 32, generator=torch.Generator().manual_seed(0))
+    training = Training(2000, 16, 1e-2, 0.0, n_views=2, flat_epochs=2000)
+    job = SimCLR(head, HEAD_LOSSES["mse"], training, Run(tmp_path), Precision("fp32", torch.device("cpu")))
     with pytest.raises(UserError, match="collapsed"):
-        steal(epochs=50, defences=[lambda answers, images, account: 5 * torch.ones_like(answers)])
+        job.train_head(rows)
     assert Run(tmp_path).records()  # the epochs before it are kept
