@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import linear_eval
 import run
@@ -22,7 +23,7 @@ STOLEN = (*JUDGE, *VICTIM, *COPY, "--losstype", "mse", "--dataset-test", "mnist"
 SUPERVISED = ("--victimtype", "supervised", "--dataset-test", "cifar10")
 SGD, SYMMETRIZED = ("--optimizer", "sgd"), ("--losstype", "symmetrized", "-b", "6")
 
-# What leaves the result as it is: tested with Run, with resumption, in test_run_flags and by every test here.
+# What leaves the result as it is: seen in the tests of resumption and of Run, in the last one here, and in every test.
 ELSEWHERE = {"help", "data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
 ELSEWHERE |= {"log_every_n_steps", "fp16_precision"}
 
@@ -221,3 +222,22 @@ def test_flag_has_an_effect(module, name, parser_of, outcome):
     assert differ(before, after)
     if isinstance(after, str):  # a refusal has to be about this flag
         assert value in after or flag.strip("-") in after, after
+
+
+def test_flags_about_the_run_act(call, refused, tmp_path):
+    threads = torch.get_num_threads()
+    line = (*TRAIN, "--logdir", tmp_path / "events", "--log-every-n-steps")
+    points = {}
+    try:
+        for every in ("1", "2"):
+            assert call(run, *line, every, "--workers", "1")[0] == 0
+            assert torch.get_num_threads() == 1
+            events = EventAccumulator(str(tmp_path / "events"))
+            events.Reload()
+            points[every] = len(events.Scalars("step/loss"))
+    finally:
+        torch.set_num_threads(threads)
+    assert points == {"1": 2, "2": 1}
+    assert "--gpu-index has no effect with --device cpu" in refused(run, *TRAIN, "--gpu-index", "1")
+    assert "fp16 needs a CUDA device" in refused(run, *TRAIN, "--fp16-precision")
+    assert "tpu" in refused(run, *TRAIN, "--device", "tpu")
