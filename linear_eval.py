@@ -201,11 +201,14 @@ def settings_of(args: Namespace, run: Run) -> dict:
 
 
 def victim_of(args: Namespace, copy: Path, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
-    """The victim that a copy was stolen from. UserError when the file holds other weights."""
+    """The victim that a copy was stolen from. UserError when the file holds other weights, or none is known."""
     above = copy.parent.parent / "checkpoint.pth.tar"  # where it stays when the folder of all runs is moved
+    version = checkpoint.get("stolen_from")
+    if version is None and not args.victim:  # a copy of the 2022 code
+        raise UserError(f"{copy} does not say which victim it was stolen from: give --victim PATH")
     path = args.victim or (above if above.exists() else Path(checkpoint["settings"]["victim"]))
     encoder = encoder_from_checkpoint(read_checkpoint(path), str(path))
-    if version_of(encoder) != checkpoint["stolen_from"]:
+    if version not in (None, version_of(encoder)):
         raise UserError(
             f"{path} is not the victim that this copy was stolen from, or was trained again: give --victim PATH"
         )

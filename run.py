@@ -8,6 +8,7 @@ from argparse import Namespace
 import options
 import runs
 from data_aug.datasets import channel_statistics, load_dataset, take_balanced, unlabelled_split
+from defenses.watermark import WatermarkMLP, watermark_scores
 from loss import TRAIN_LOSSES
 from models import build_encoder
 from simclr import SimCLR
@@ -21,6 +22,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_switch(parser, "--normalize", False, "normalise images by the training set's channel statistics")
     options.add_arch(parser, "-a", "--arch", text="the victim's architecture")
     parser.add_argument("--out_dim", metavar="N", type=options.count, default=128, help="width of the projections")
+    options.add_switch(parser, "--watermark", False, "train a rotation watermark with it, which verify.py looks for")
     training = options.add_training_options(parser, TRAIN_LOSSES, epochs=200)
     training.add_argument(
         "--n-views", metavar="N", type=options.count, help="random views of an image (default: 2, or 1)"
@@ -51,12 +53,17 @@ def main() -> None:
     with seeded(args.seed):
         normalize = channel_statistics(images) if args.normalize else None
         model = build_encoder(args.arch, max(1, head[1]), normalize, head[0])
+        watermark = WatermarkMLP(model.dim) if args.watermark else None
     config = runs.configuration("victim", args, precision)
     extra = {"kind": "victim", "settings": config["settings"], "images": len(images)}
     print(f"victim: {args.arch} on {len(images)} images of {args.dataset} ({split}), {precision}")
     print(options.in_force(args))
-    trainer = SimCLR(model, loss, options.training(args), run, precision, config, extra, args.resume, args.clear)
-    trainer.train(images, labels)
+    job = (config, extra, args.resume, args.clear, watermark)
+    SimCLR(model, loss, options.training(args), run, precision, *job).train(images, labels)
+    if watermark:
+        test, _ = load_dataset(args.dataset, args.data, "test")
+        right, _ = watermark_scores(model, watermark.eval(), test, precision, args.seed)
+        print(f"Watermark accuracy is {100 * right.float().mean():.2f}. ({len(test)} test images, each turned twice)")
     print(f"victim: {run.checkpoint}")
 
 

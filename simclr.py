@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from attacks import Answered, Plan, queries_of
 from data_aug.augment import crop_and_flip, random_views
+from defenses.watermark import WatermarkMLP, half_turns
 from loss import Loss
 from models import SimSiamHeads, read_checkpoint
 from models.checkpoint import load_checked
@@ -76,9 +78,9 @@ def learning_rate(training: Training, epoch: int, steps_per_epoch: int) -> float
 class SimCLR:
     """Trains `model`, in place, by `train`, `train_head` or `steal` and a loss, inside the folder of `run`.
 
-    `config` is what config.yml says, `extra` what every checkpoint holds besides weights and optimizer. `companion` are
-    heads that are trained with the model; resuming needs them, nothing else does. With `resume` a run that was killed
-    goes on from its last finished epoch, and draws what it would have drawn.
+    `config` is what config.yml says, `extra` what every checkpoint holds besides weights and optimizer. `companion` is
+    what is trained with the model: a copy's heads for SimSiam's loss, or a victim's watermark. With `resume` a run that
+    was killed goes on from its last finished epoch, and draws what it would have drawn.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class SimCLR:
         extra: Mapping | None = None,
         resume: bool = False,
         clear: bool = True,
-        companion: SimSiamHeads | None = None,
+        companion: SimSiamHeads | WatermarkMLP | None = None,
     ):
         self.model = model.to(precision.device, memory_format=precision.memory_format)
         self.companion = companion.to(precision.device) if companion else None
@@ -112,7 +114,8 @@ class SimCLR:
     def train(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Train an encoder with a head on random views of uint8 images (N, 3, H, W), by a loss of `loss.TRAIN_LOSSES`.
 
-        Some losses need the images' labels (N,).
+        Some losses need the images' labels (N,). With a watermark as companion each step's loss also has the
+        cross-entropy of its reading which half turn each image of the batch was given.
         """
         views = self.training.n_views
         if views < self.loss.min_views:
@@ -125,14 +128,23 @@ class SimCLR:
             return
         images = images.to(self.precision.device)
 
-        def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-            chosen = images[index.repeat(views)]
-            simple = self.loss.augment == "crop and flip"
-            shown = crop_and_flip(chosen, draws) if simple else random_views(chosen, chosen.shape[-1], draws)
-            features = self._run(self.model.project, shown)
-            return value(index, features), features
+        def losses_of(epoch: int) -> BatchLoss:
+            turns = generator(self.training.seed, "turns", epoch)
 
-        self._fit(len(images), lambda epoch: batch_loss)
+            def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+                chosen = images[index.repeat(views)]
+                simple = self.loss.augment == "crop and flip"
+                shown = crop_and_flip(chosen, draws) if simple else random_views(chosen, chosen.shape[-1], draws)
+                features = self._run(self.model.project, shown)
+                loss = value(index, features)
+                if self.companion:
+                    turned, half = half_turns(images[index], turns)
+                    loss = loss + F.cross_entropy(self._run(lambda x: self.companion(self.model(x)), turned), half)
+                return loss, features
+
+            return batch_loss
+
+        self._fit(len(images), losses_of)
 
     def train_head(self, representations: Tensor, projections: Tensor | None = None) -> None:
         """Train a head on representations (V * N, D), view-major, by a loss of `loss.HEAD_LOSSES`.
@@ -334,13 +346,13 @@ class SimCLR:
             **self.extra,
         }
         if self.companion:
-            content["companion"] = self.companion.state_dict()
+            content[self.companion.kept_as] = self.companion.state_dict()
         save_checkpoint(content, self.run.checkpoint)
 
     def _load(self, checkpoint: dict) -> None:
         load_checked(self.model, checkpoint["state_dict"], str(self.run.checkpoint))
         if self.companion:
-            load_checked(self.companion, checkpoint["companion"], str(self.run.checkpoint))
+            load_checked(self.companion, checkpoint[self.companion.kept_as], str(self.run.checkpoint))
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.first_epoch = checkpoint["epoch"]

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CROP_AREA = (0.08, 1.0)  # of the area of the image
@@ -128,9 +129,24 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
     flip = torch.rand(count, 1, generator=generator) < FLIP_RATE
     columns = left + torch.where(flip, torch.arange(width).flip(0), torch.arange(width))
     rows, columns = (_send(x, images.device) for x in (top + torch.arange(height), columns))
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    padded = F.pad(images, (padding,) * 4)
     each = torch.arange(count, device=images.device)[:, None, None]
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Images turned about their centres, the nearest pixel taken, black where nothing was.
+
+    uint8 (N, 3, S, S), degrees (N,) counter-clockwise -> float32 (N, 3, S, S) in [0, 1] on the images' device; as
+    torchvision's rotate of tensors with its defaults.
+    """
+    _check_images(images)
+    radians = _send(degrees.double().deg2rad(), images.device)
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    source = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).float()
+    with torch.autocast(images.device.type, enabled=False):
+        grid = F.affine_grid(source, list(images.shape), align_corners=False)
+        return F.grid_sample(images.float() / 255, grid, mode="nearest", align_corners=False)
 
 
 def _check_images(images: Tensor) -> None:

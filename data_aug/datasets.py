@@ -85,10 +85,6 @@ DATASETS = {
 }
 
 
-# Users' own data: <form>:PATH.
-FORMS = ("folder", "npz")
-
-
 def check_name(name: str) -> str:
     """The name itself if such a data set can be loaded; UserError naming those that can."""
     form, _, path = name.partition(":")
@@ -114,8 +110,7 @@ def load_dataset(name: str, root: str | Path = "datasets", split: str = "train")
     root = Path(root)
     form, _, path = name.partition(":")
     if form in FORMS:
-        read = {"folder": _load_folder, "npz": _load_npz}[form]
-        return read(Path(path).expanduser(), split)
+        return FORMS[form](Path(path).expanduser(), split)
     source = DATASETS[name]
     if not isinstance(source, _Published):
         return source(split)
@@ -285,6 +280,10 @@ def _read_image(path: Path) -> Tensor:
     side = min(image.shape[-2:])
     top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
     return _resize(image[None, :, top : top + side, left : left + side])[0]
+
+
+# Users' own data, <form>:PATH, and how they are read.
+FORMS = {"folder": _load_folder, "npz": _load_npz}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

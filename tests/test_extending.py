@@ -21,6 +21,7 @@ def apply(monkeypatch, block, module, *tables):
     for table in tables:
         monkeypatch.setattr(module, table, dict(getattr(module, table)))
     names = dict(vars(module))
+    # The page's own text, from this repository: running it as printed is the point.
     exec(compile(block, "docs/extending.md", "exec"), names)
     return names
 

@@ -113,6 +113,17 @@ def test_fidelity_to_another_victim_than_the_copys_is_refused(refused, trained, 
     assert "or was trained again" in refused(linear_eval, *STOLEN, "--fidelity")
 
 
+def test_a_copy_that_does_not_name_its_victim_is_compared_with_the_one_given(call, refused, trained, victims, tmp_path):
+    """As those of the 2022 code."""
+    state = read_checkpoint(trained)["state_dict"]
+    torch.save({"epoch": 100, "arch": "resnet34", "state_dict": state}, tmp_path / "copy.pth.tar")
+    line = (*JUDGE, "--stolen", tmp_path / "copy.pth.tar", "--dataset-test", "mnist", "--fidelity")
+    assert "does not say which victim it was stolen from: give --victim PATH" in refused(linear_eval, *line)
+    code, out, err = call(linear_eval, *line, "--victim", victims[0], "--independent", victims[1])
+    assert code == 0, err
+    assert "agreement" in out
+
+
 # ---- which encoder ----
 
 

@@ -1,0 +1,86 @@
+"""The rotation watermark: an encoder trained so that a small network of the owner's reads half turns off it.
+
+The 2022 paper's proof of ownership: the owner trains the encoder together with an MLP that tells images rotated by
+0-180 degrees from images rotated by 180-360 degrees. A copy answers as the encoder does, so the MLP reads it too; on an
+encoder that was trained by somebody else it guesses.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_aug.augment import rotate
+from models import SimCLREncoder
+from models.checkpoint import load_checked
+from utils import Precision, UserError, generator
+
+
+class WatermarkMLP(nn.Module):
+    """Representations (B, dim) -> logits (B, 2) for the two half turns, by Linear 256, ReLU, Linear 128, ReLU, Linear.
+
+    The parameters' names are those of the 2022 code.
+    """
+
+    kept_as = "watermark_state_dict"  # its key in a victim's checkpoint
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.input, self.hidden, self.output = nn.Linear(dim, 256), nn.Linear(256, 128), nn.Linear(128, 2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.output(F.relu(self.hidden(F.relu(self.input(h)))))
+
+
+def half_turns(images: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each of the uint8 images (B, 3, H, W) turned by 0-180 and by 180-360 degrees, and which half that was.
+
+    -> float (2 B, 3, H, W) in [0, 1], all first halves first, and labels (2 B,) of 0 and 1. Angles are drawn on the
+    CPU, one for each turned image.
+    """
+    half = torch.arange(2).repeat_interleave(len(images))
+    degrees = 180 * (half + torch.rand(len(half), generator=draws))
+    return rotate(images.repeat(2, 1, 1, 1), degrees), half.to(images.device)
+
+
+def read_watermark(checkpoint: Mapping, source: str) -> WatermarkMLP:
+    """The MLP that a victim's checkpoint holds, in eval mode; UserError when it holds none.
+
+    The 2022 code's older files call it `mlp_state_dict`.
+    """
+    state = checkpoint.get(WatermarkMLP.kept_as, checkpoint.get("mlp_state_dict"))
+    if state is None:
+        raise UserError(f"{source} holds no watermark's MLP: train a victim by run.py --watermark True")
+    if "input.weight" not in state:
+        raise UserError(f"{source} holds something else than a watermark's MLP: {', '.join(list(state)[:4])}")
+    mlp = WatermarkMLP(state["input.weight"].shape[1])
+    load_checked(mlp, state, source)
+    return mlp.eval()
+
+
+@torch.no_grad()
+def watermark_scores(
+    encoder: SimCLREncoder, mlp: WatermarkMLP, images: Tensor, precision: Precision, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """How well the MLP reads an encoder in eval mode on uint8 images (N, 3, H, W), each turned twice.
+
+    -> whether its answer was right, bool (2 N,), and the probability that it gave to the right one, (2 N,); on the CPU,
+    all first halves first. The same seed turns the images by the same angles, whatever the encoder.
+    UserError when the MLP is for another width.
+    """
+    if mlp.input.in_features != encoder.dim:
+        raise UserError(
+            f"the watermark reads representations of {mlp.input.in_features} numbers, this encoder gives {encoder.dim}: "
+            f"verify an encoder of the victim's width"
+        )
+    encoder, mlp = encoder.to(precision.device).eval(), mlp.to(precision.device)
+    draws = generator(seed, "watermark test")
+    given = []
+    for part in images.split(500):
+        turned, half = half_turns(part.to(precision.device), draws)
+        with precision.autocast():
+            h = encoder(turned.contiguous(memory_format=precision.memory_format)).float()
+        given.append(mlp(h).softmax(dim=1).gather(1, half[:, None]).view(2, -1).cpu())
+    probability = torch.cat(given, dim=1).flatten()
+    return probability > 0.5, probability
