@@ -3,8 +3,8 @@
 import copy
 import functools
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_aug.datasets import to_float
+from defenses import Defence, Query
 from models import SimCLREncoder
 from utils import Precision, UserError
-
-# A defence takes the answers (B, D), the images as the encoder saw them and the account's name, and gives the answers
-# that the account gets to see.
-Defence = Callable[[Tensor, Tensor, str], Tensor]
 
 
 class BudgetExceeded(UserError):
@@ -84,12 +81,12 @@ class Ledger:
         """Calls of `Victim.query`."""
         return sum(account.calls for account in self.accounts.values())
 
-    def record(self, images: Tensor, account: str = "default", calls: int = 1) -> None:
-        """Enter the images (N, 3, H, W) that were answered in so many calls."""
+    def record(self, digests: Sequence[bytes], account: str = "default") -> None:
+        """Enter a call: the digests of the images that were answered."""
         entry = self.accounts.setdefault(account, Account())
-        entry.queries += len(images)
-        entry.calls += calls
-        entry.images.update(image_digests(images))
+        entry.queries += len(digests)
+        entry.calls += 1
+        entry.images.update(digests)
 
     def summary(self) -> dict[str, int]:
         return {"queries": self.queries, "distinct": self.distinct, "calls": self.calls}
@@ -133,7 +130,10 @@ class Service(nn.Module):
         return widths.get(self.sells) or sum(widths.values())
 
     def forward(self, images: Tensor) -> Tensor:
-        h = self.encoder(images)
+        return self.sell(self.encoder(images))
+
+    def sell(self, h: Tensor) -> Tensor:
+        """Answers (B, dim) made of representations (B, D)."""
         if self.classifier is not None:
             logits = self.classifier(h).float()
             return logits.softmax(dim=1) if self.sells == "probabilities" else F.one_hot(logits.argmax(dim=1), self.dim)
@@ -148,34 +148,35 @@ class Victim:
 
     The encoder is copied, set to eval mode and detached from autograd, so that nothing that happens here or to the
     original changes it. `budget` is the most queries that are answered over the object's life; None sets no limit.
-    `defences` change the answers in their order.
+    `defences` change the answers in their order. UserError when one of them cannot work on such answers.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: SimCLREncoder | Service,
         budget: int | None = None,
         defences: Sequence[Defence] = (),
         precision: Precision | None = None,
     ):
-        self._encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+        service = encoder if isinstance(encoder, Service) else Service(encoder)
+        self._service = copy.deepcopy(service).eval().requires_grad_(False)
         self._precision = precision or Precision("fp32", next(encoder.parameters()).device)
-        self._encoder.to(self._precision.device, memory_format=self._precision.memory_format)
+        self._service.to(self._precision.device, memory_format=self._precision.memory_format)
         self.budget = budget
         self.defences = list(defences)
         self.ledger = Ledger()
-
-    @property
-    def dim(self) -> int:
-        """Width of an answer."""
-        return self._encoder.dim
+        self.dim = service.dim  # width of an answer
+        for defence in self.defences:
+            self.dim = defence.width(self.dim)
+            if defence.needs_head and not service.encoder.has_head:
+                name = type(defence).__name__.lower()
+                raise UserError(f"{name} compares projections and this victim has no head: choose another --defence")
 
     @functools.cached_property
     def version(self) -> str:
         """Names the weights that answer: see `version_of`."""
-        return version_of(self._encoder)
+        return version_of(self._service)
 
-    @torch.no_grad()
     def query(self, images: Tensor, account: str = "default") -> Tensor:
         """Answers (B, dim), float32 on the victim's device, to images (B, 3, H, W), uint8 or float in [0, 1].
 
@@ -186,43 +187,78 @@ class Victim:
             raise BudgetExceeded(
                 f"a query of {len(images)} images would exceed the budget of {self.budget}: {asked} are spent"
             )
-        images = to_float(images.to(self._precision.device, non_blocking=True))
-        with self._precision.autocast():
-            answers = self._encoder(images.contiguous(memory_format=self._precision.memory_format)).float()
-        for defence in self.defences:
-            answers = defence(answers, images, account)
-        self.ledger.record(images, account)
+        digests = image_digests(images)
+        answers = self._answer(images, digests, account)
+        self.ledger.record(digests, account)
         return answers
 
+    def recall(self, images: Tensor, account: str = "default") -> None:
+        """Take it that these images were answered in an earlier process: the ledger and the defences remember them."""
+        digests = image_digests(images)
+        if any(defence.remembers for defence in self.defences):
+            self._answer(images, digests, account)
+        self.ledger.record(digests, account)
 
-def ask_once(victim: Victim, images: Tensor, keep: Path | None = None, batch_size: int = 512) -> Tensor:
-    """Answers (N, dim), float32 on the CPU, to images (N, 3, H, W), each asked once.
+    def met(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the defences report of accounts whose queries (N,) were of the images of these numbers."""
+        reports = {type(one).__name__.lower(): one.report(sources) for one in self.defences}
+        return {f"{name}_{key}": value for name, report in reports.items() for key, value in report.items()}
 
-    The file `keep` gets the answers' rows as they arrive. Those that an earlier, killed attack already paid for are
-    read back from it and entered in the ledger instead of being asked again.
+    @torch.no_grad()
+    def _answer(self, images: Tensor, digests: Sequence[bytes], account: str) -> Tensor:
+        images = to_float(images.to(self._precision.device, non_blocking=True))
+        with self._precision.autocast():
+            h = self._service.encoder(images.contiguous(memory_format=self._precision.memory_format))
+            answers = self._service.sell(h).float()
+        if not self.defences:
+            return answers
+        if not len(images):
+            return answers.new_empty(0, self.dim)
+        first = self.ledger.accounts.get(account, Account()).queries
+        query = Query(images, digests, h.float(), self._project, account, first)
+        for defence in self.defences:
+            answers = defence(answers, query)
+        return answers.clone()  # a view would carry the numbers that a defence left out
+
+    def _project(self, h: Tensor) -> Tensor:
+        with self._precision.autocast():
+            return self._service.encoder.backbone.fc(h)
+
+
+class Purchases:
+    """An attacker's side of the API: asks in batches, and keeps every answer in a file as it arrives.
+
+    The file `keep` holds the rows of all answers in the order in which they were asked for. What an earlier, killed
+    attack already paid for is read back from it instead of being asked again: ask the same in the same order.
     """
-    if keep is None:
-        return torch.cat([victim.query(batch).cpu() for batch in images.split(batch_size)])
-    row_bytes = 4 * victim.dim
-    answers = torch.empty(len(images), victim.dim)
-    keep.touch()
-    done = min(keep.stat().st_size // row_bytes, len(images))
-    if done:
-        answers[:done] = torch.from_numpy(np.fromfile(keep, np.float32, done * victim.dim)).view(done, -1)
-        known = victim.ledger.queries
-        if done > known:
-            victim.ledger.record(images[known:done], calls=math.ceil((done - known) / batch_size))
-    with (
-        keep.open("r+b") as file,
-        tqdm(total=len(images), initial=done, unit="query", disable=None, leave=False) as bar,
-    ):
-        file.truncate(done * row_bytes)  # a row cut off by a kill
-        file.seek(0, 2)
-        while done < len(images):
-            rows = victim.query(images[done : done + batch_size]).cpu()
-            file.write(rows.numpy().tobytes())
-            file.flush()
-            answers[done : done + len(rows)] = rows
-            done += len(rows)
-            bar.update(len(rows))
-    return answers
+
+    def __init__(self, victim: Victim, keep: Path | None = None, batch_size: int = 512):
+        self.victim, self.keep, self.batch_size = victim, keep, batch_size
+        self.asked = 0
+        self.kept = np.empty((0, victim.dim), np.float32)
+        if keep and keep.exists():
+            whole = keep.stat().st_size // (4 * victim.dim)
+            self.kept = np.fromfile(keep, np.float32, whole * victim.dim).reshape(-1, victim.dim)
+            os.truncate(keep, self.kept.nbytes)  # a row cut off by a kill
+
+    def ask(self, images: Tensor, account: str = "default") -> Tensor:
+        """Answers (N, dim), float32 on the CPU, to images (N, 3, H, W), each asked once."""
+        answers = []
+        with tqdm(total=len(images), unit="query", disable=None, leave=False) as bar:
+            for batch in images.split(self.batch_size):
+                answers.append(self._ask(batch, account))
+                bar.update(len(batch))
+        return torch.cat(answers) if answers else torch.empty(0, self.victim.dim)
+
+    def _ask(self, batch: Tensor, account: str) -> Tensor:
+        paid = torch.from_numpy(self.kept[self.asked : self.asked + len(batch)])
+        self.asked += len(batch)
+        if len(paid):
+            self.victim.recall(batch[: len(paid)], account)
+        if len(paid) == len(batch):
+            return paid
+        rows = self.victim.query(batch[len(paid) :], account).cpu()
+        if self.keep:
+            with self.keep.open("ab") as file:
+                file.write(rows.numpy().tobytes())
+        return torch.cat([paid, rows])

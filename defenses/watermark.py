@@ -71,8 +71,8 @@ def watermark_scores(
     """
     if mlp.input.in_features != encoder.dim:
         raise UserError(
-            f"the watermark reads representations of {mlp.input.in_features} numbers, this encoder gives {encoder.dim}: "
-            f"verify an encoder of the victim's width"
+            f"the watermark reads representations of {mlp.input.in_features} numbers, this encoder gives "
+            f"{encoder.dim}: verify an encoder of the victim's width"
         )
     encoder, mlp = encoder.to(precision.device).eval(), mlp.to(precision.device)
     draws = generator(seed, "watermark test")

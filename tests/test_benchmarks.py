@@ -2,8 +2,12 @@
 
 import sys
 
-import benchmarks
+import pytest
+import torch
+
+import benchmarks.defences
 from benchmarks import linear_eval, train_step
+from defenses import DEFENCES, Query
 
 
 def test_tasks_alternate_and_the_first_round_does_not_count():
@@ -28,3 +32,22 @@ def test_linear_eval_prints_the_ratio(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["linear_eval", "--arch", "resnet10w32", "--images", "20", "--rounds", "1"])
     linear_eval.main()
     assert "ratio" in capsys.readouterr().out
+
+
+def test_defences_prints_the_share_of_each(monkeypatch, capsys):
+    arguments = ["--arch", "resnet10w32", "--queries", "4", "--memory", "10", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["defences", *arguments])
+    benchmarks.defences.main()
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[-len(DEFENCES) - 1 :]]
+    assert [name.strip() for name, _, _ in rows] == ["encoder", *DEFENCES]
+    encoder = float(rows[0][1])
+    for _, seconds, ratio in rows:
+        assert float(ratio) == pytest.approx(float(seconds) / encoder, rel=0.02, abs=0.03)
+
+
+def test_poisoning_is_timed_with_a_full_memory():
+    earlier = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    defence = benchmarks.defences.full_poisoning(earlier, torch.sign, size=4)
+    assert defence.poison_memory == len(defence.scores()) == 10
+    oldest = Query(images=earlier, digests=[], representations=earlier[:1], project=torch.sign)
+    assert defence.nearest(oldest).item() == pytest.approx(1)

@@ -1,0 +1,89 @@
+"""B4B: noise that grows with how much of the representations' space an account has explored."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from defenses.base import Defence, Query, setting
+from utils import generator
+
+
+class Coverage:
+    """Which buckets of a hash by random hyperplanes an account's representations (B, D) have fallen into."""
+
+    def __init__(self, normals: Tensor):
+        self.normals = normals  # (bits, D)
+        self.occupied = torch.zeros(2 ** len(normals), dtype=torch.bool, device=normals.device)
+
+    def bucket(self, representations: Tensor) -> Tensor:
+        """Numbers (B,) of the buckets that rows fall into."""
+        bits = (representations.float() @ self.normals.T > 0).long()
+        return (bits << torch.arange(len(self.normals), device=bits.device)).sum(dim=1)
+
+    def add(self, representations: Tensor) -> Tensor:
+        """Enter rows in their order; the percentage of all buckets that is occupied after each (B,), float32."""
+        bucket = self.bucket(representations)
+        row = torch.arange(len(bucket), device=bucket.device)
+        first = torch.full_like(self.occupied, len(row), dtype=torch.long).scatter_reduce(0, bucket, row, "amin")
+        new = ~self.occupied[bucket] & (first[bucket] == row)
+        count = self.occupied.sum() + new.cumsum(0)
+        self.occupied[bucket] = True
+        return 100.0 * count / len(self.occupied)
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.occupied.float().mean().item()
+
+
+def hyperplanes(bits: int, dim: int, draws: torch.Generator) -> Tensor:
+    """Normals (bits, dim) of random hyperplanes through the origin."""
+    return torch.randn(bits, dim, generator=draws)
+
+
+@dataclass
+class Buckets(Defence):
+    """Buckets for Bots (B4B; Dubinski et al., NeurIPS 2023): adds N(0, sigma(o)^2), o an account's coverage in percent.
+
+    sigma(o) = lambda (exp(ln(alpha / lambda) o / beta) - 1): next to nothing while an account stays in few of the
+    2^bits buckets, about alpha where it has been in beta percent of them. The coverage is the account's after each
+    query, so the answers do not depend on how a stream is cut into calls.
+    """
+
+    bucket_bits: int = setting(12, "hyperplanes that hash representations into 2^N buckets")
+    bucket_lambda: float = setting(1e-6, "how flat the noise of buckets starts: lambda in B4B's formula")
+    bucket_alpha: float = setting(0.8, "standard deviation of buckets' noise at a coverage of beta")
+    bucket_beta: float = setting(80.0, "coverage in percent at which buckets' noise is alpha")
+    remembers = True
+    _coverage: dict[str, Coverage] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        self.require(1 <= self.bucket_bits <= 24, "bucket_bits", "from 1 to 24")
+        self.require(self.bucket_lambda > 0, "bucket_lambda", "above 0")
+        wanted = f"above lambda, {self.bucket_lambda}, and finite"
+        self.require(self.bucket_lambda < self.bucket_alpha < math.inf, "bucket_alpha", wanted)
+        self.require(0 < self.bucket_beta <= 100, "bucket_beta", "above 0 and at most 100")
+
+    def sigma(self, coverage: Tensor) -> Tensor:
+        """Standard deviation of the noise at a coverage in percent."""
+        growth = math.log(self.bucket_alpha / self.bucket_lambda) / self.bucket_beta
+        return self.bucket_lambda * torch.expm1(growth * coverage)
+
+    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+        h = query.representations
+        if query.account not in self._coverage:
+            normals = hyperplanes(self.bucket_bits, h.shape[1], generator(self.secret, "buckets"))
+            self._coverage[query.account] = Coverage(normals.to(h.device))
+        sigma = self.sigma(self._coverage[query.account].add(h))
+        return answers + sigma[:, None] * self.normal(query, answers.shape[1])
+
+    def coverage(self, account: str = "default") -> float:
+        """Percentage of the buckets that the account has been in."""
+        return self._coverage[account].percent if account in self._coverage else 0.0
+
+    def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
+        """The largest coverage in percent of an account, and the standard deviation of its noise by now."""
+        coverage = max(map(self.coverage, sources), default=0.0)
+        return {"coverage": coverage, "sigma": self.sigma(torch.tensor(coverage)).item()}

@@ -1,0 +1,91 @@
+"""Similarity-triggered poisoning: the 2022 code's first defence, with a memory of the whole account."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from defenses.base import Defence, Query, setting
+from defenses.nearest import Memory
+from utils import UserError
+
+REPLACEMENT = 1000.0  # the mean of what is answered to a query that looks like an earlier one
+
+
+@dataclass
+class Poisoning(Defence):
+    """Answers N(1000, sigma^2) to a query whose projection is close to that of an earlier one of the account.
+
+    Close means (cos + 1) / 2 above the threshold (2022 code): two views of one image, which contrastive attacks send.
+    Each query is compared with the `poison_memory` queries before it, exactly, whether they came in this call or in
+    earlier ones; so the answers do not depend on how a stream is cut into calls.
+    """
+
+    sigma: float = setting(0.5, "standard deviation of what noise adds and of what poisoning answers")
+    poison_memory: int = setting(10_000, "queries of an account that poisoning compares a new one with")
+    poison_threshold: float = setting(0.8, "similarity, (cos + 1) / 2, above which a query is poisoned")
+    remembers = True
+    needs_head = True
+    _seen: dict[str, Memory] = field(default_factory=dict, repr=False)
+    _scores: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list), repr=False)
+
+    def __post_init__(self):
+        self.require(0 <= self.sigma < math.inf, "sigma", "0 or more and finite")
+        self.require(self.poison_memory >= 1, "poison_memory", "1 or more")
+        self.require(0 <= self.poison_threshold <= 1, "poison_threshold", "from 0 to 1")
+
+    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+        similarity = self.nearest(query)
+        replacement = REPLACEMENT + self.sigma * self.normal(query, answers.shape[1])
+        return torch.where((similarity > self.poison_threshold)[:, None], replacement, answers)
+
+    def nearest(self, query: Query) -> Tensor:
+        """The largest (cos + 1) / 2 of each query (B,) to an earlier one of the account, -inf to none."""
+        if query.account not in self._seen:
+            self._seen[query.account] = Memory(self.poison_memory)
+        similarity = 1 - self._seen[query.account].nearest(query.projections) / 2
+        self._scores[query.account].append(similarity)
+        return similarity
+
+    def scores(self, account: str = "default") -> Tensor:
+        """What `nearest` gave for the account's queries so far, in their order (N,), on the CPU."""
+        return torch.cat(self._scores[account]).cpu() if self._scores[account] else torch.empty(0)
+
+    def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
+        """Poisoned answers, and F1 and AUC for telling the queries that repeat an image of the account from the others.
+
+        Without a repeated image there is nothing to tell apart, and no F1 or AUC.
+        """
+        scores = torch.cat([self.scores(account) for account in sources])
+        truth = torch.cat([repeats(images) for images in sources.values()])
+        figures = {"poisoned": float((scores > self.poison_threshold).sum())}
+        if truth.any() and not truth.all():
+            figures |= detection_figures(scores, truth, self.poison_threshold)
+        return figures
+
+
+def repeats(images: Tensor) -> Tensor:
+    """Which of a stream's queries (N,), given by the number of their image, come after another one of it."""
+    first = torch.ones(len(images), dtype=torch.bool)
+    order = images.sort(stable=True).indices
+    first[order[1:]] = images[order[1:]] != images[order[:-1]]
+    return ~first
+
+
+def detection_figures(scores: Tensor, truth: Tensor, threshold: float) -> dict[str, float]:
+    """F1 of scores above the threshold, and AUC of the scores (N,), for telling the queries that are `truth` (N,).
+
+    UserError when all queries are of one kind: then neither means anything.
+    """
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    if truth.all() or not truth.any():
+        raise UserError("all queries are of one kind: F1 and AUC need some that repeat an image and some that do not")
+    ranked = scores.clamp_min(-1).numpy()  # the first query has nothing before it
+    return {
+        "f1": float(f1_score(truth.numpy(), (scores > threshold).numpy())),
+        "auc": float(roc_auc_score(truth.numpy(), ranked)),
+    }

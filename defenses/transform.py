@@ -1,0 +1,84 @@
+"""Each account's answers in a coordinate system of its own, so that several accounts cannot pool what they bought."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from defenses.base import Defence, Query, setting
+from utils import UserError, generator
+
+Map = Callable[[Tensor], Tensor]
+PADDING = 0.25  # share of an answer's width that `pad-shuffle` adds
+
+
+def _orthogonal(dim: int, draws: torch.Generator) -> Map:
+    """A random rotation or reflection: distances and angles stay."""
+    q, r = torch.linalg.qr(torch.randn(dim, dim, generator=draws))
+    turn = q * r.diagonal().sign()  # uniform over the orthogonal group (Mezzadri 2007)
+    return lambda answers: answers @ turn.to(answers)
+
+
+def _shuffle(dim: int, draws: torch.Generator) -> Map:
+    order = torch.randperm(dim, generator=draws)
+    return lambda answers: answers[:, order.to(answers.device)]
+
+
+def _scale_shuffle(dim: int, draws: torch.Generator) -> Map:
+    """A factor in [0.5, 2] and an offset in [-1, 1] for each dimension, which are then shuffled."""
+    scale = 2 ** (2 * torch.rand(dim, generator=draws) - 1)
+    shift = 2 * torch.rand(dim, generator=draws) - 1
+    shuffle = _shuffle(dim, draws)
+    return lambda answers: shuffle(answers * scale.to(answers) + shift.to(answers))
+
+
+def _padding(dim: int) -> int:
+    return max(1, int(PADDING * dim))
+
+
+def _pad_shuffle(dim: int, draws: torch.Generator) -> Map:
+    """Constants between 0 and 1 are added as further dimensions, and all are shuffled."""
+    constants = torch.rand(_padding(dim), generator=draws)
+    shuffle = _shuffle(dim + len(constants), draws)
+    return lambda answers: shuffle(torch.cat([answers, constants.to(answers).expand(len(answers), -1)], dim=1))
+
+
+def _binary(dim: int, draws: torch.Generator) -> Map:
+    """Which side of as many random hyperplanes as there are dimensions an answer lies on, as 0 and 1."""
+    normals = torch.randn(dim, dim, generator=draws)
+    return lambda answers: (answers @ normals.to(answers) > 0).to(answers)
+
+
+KINDS = {
+    "orthogonal": _orthogonal,
+    "shuffle": _shuffle,
+    "scale-shuffle": _scale_shuffle,
+    "pad-shuffle": _pad_shuffle,
+    "binary": _binary,
+}
+
+
+@dataclass
+class Transform(Defence):
+    """Passes an account's answers through a secret map of its own (B4B, Dubinski et al., NeurIPS 2023, against sybils).
+
+    orthogonal, shuffle: distances and angles stay, so a user's task does not suffer; scale-shuffle, pad-shuffle and
+    binary as B4B has them. After `buckets` in the list it completes that defence.
+    """
+
+    transform: str = setting("orthogonal", "the map of an account's own that transform applies", tuple(KINDS))
+    _maps: dict[str, Map] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.transform not in KINDS:
+            raise UserError(f"--transform {self.transform} is unknown: choose from {', '.join(KINDS)}")
+
+    def width(self, dim: int) -> int:
+        return dim + _padding(dim) if self.transform == "pad-shuffle" else dim
+
+    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+        if query.account not in self._maps:
+            draws = generator(self.secret, f"transform/{query.account}")
+            self._maps[query.account] = KINDS[self.transform](answers.shape[1], draws)
+        return self._maps[query.account](answers)

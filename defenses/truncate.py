@@ -1,0 +1,26 @@
+"""Answers of which only the first dimensions are sold."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from defenses.base import Defence, Query, setting
+from utils import UserError
+
+
+@dataclass
+class Truncate(Defence):
+    """Answers the first so many dimensions only: answers get narrower."""
+
+    dimensions: int = setting(128, "dimensions of an answer that truncate sells")
+
+    def __post_init__(self):
+        self.require(self.dimensions >= 1, "dimensions", "1 or more")
+
+    def width(self, dim: int) -> int:
+        if self.dimensions > dim:
+            raise UserError(f"--dimensions {self.dimensions} is more than the {dim} of an answer: give {dim} or less")
+        return self.dimensions
+
+    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+        return answers[:, : self.dimensions]

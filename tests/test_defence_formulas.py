@@ -1,0 +1,333 @@
+"""What each defence does to answers, compared with its formula written out in loops, as slow and plain as can be."""
+
+import math
+
+import pytest
+import torch
+from sklearn.metrics import f1_score, roc_auc_score
+
+from defenses.buckets import Buckets, Coverage
+from defenses.poisoning import detection_figures, repeats
+from models.simclr import SimCLREncoder
+from tests.test_defences import DIM, Pixels, ask, random_images, represent, stream, victim_with
+from utils import UserError
+from victim import Victim
+
+
+@pytest.fixture
+def images():
+    return stream()
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mu", "sigma"), [(5.0, 0.5), (-1.0, 2.0), (0.0, 0.01)])
+@pytest.mark.parametrize("consistent", [False, True])
+def test_noise_is_normal(mu, sigma, consistent):
+    images = random_images(2000)
+    noise = ask(victim_with("noise", mu=mu, sigma=sigma, consistent_noise=consistent), images) - represent(images)
+    z, count = (noise - mu) / sigma, noise.numel()
+    assert abs(z.mean()) < 4 / count**0.5
+    assert abs(z.std() - 1) < 4 / (2 * count) ** 0.5
+    assert abs((z**3).mean()) < 4 * (15 / count) ** 0.5
+    assert abs((z**4).mean() - 3) < 4 * (96 / count) ** 0.5
+    # Each number of each answer is a draw of its own: neither rows nor columns repeat one another.
+    for rows in (z, z.T):
+        neighbours = (rows[1:] * rows[:-1]).mean()
+        assert abs(neighbours) < 4 / (count - rows.shape[1]) ** 0.5
+
+
+def test_noise_without_a_deviation_leaves_the_shift(images):
+    torch.testing.assert_close(ask(victim_with("noise", mu=3.0, sigma=0.0), images), represent(images) + 3)
+
+
+def test_the_same_image_asked_again_gets_fresh_noise_unless_it_is_consistent():
+    images = random_images(3)
+    asked = images[[0, 1, 0, 2, 1, 0]]
+    noise = ask(victim_with("noise"), asked) - represent(asked)
+    assert all((noise[i] - noise[j]).abs().max() > 0.1 for i in range(6) for j in range(i))
+    victim = victim_with("noise", consistent_noise=True)
+    noise = torch.cat([ask(victim, asked, size, account) - represent(asked) for size, account in ((2, "a"), (6, "b"))])
+    which = [0, 1, 0, 2, 1, 0] * 2
+    for i in range(12):
+        for j in range(i):
+            assert ((noise[i] - noise[j]).abs().max() < 1e-5) == (which[i] == which[j])
+
+
+# ---- poisoning -------------------------------------------------------------------------------------------------------
+
+
+def slow_scores(images, memory):
+    """The largest (cos + 1) / 2 of each query's projection to those of the `memory` queries before it."""
+    head = Pixels().fc.weight.tolist()
+    z = [[sum(w * x for w, x in zip(row, h, strict=True)) for row in head] for h in represent(images).tolist()]
+    scores = []
+    for i in range(len(z)):
+        best = -math.inf
+        for j in range(max(0, i - memory), i):
+            product = sum(a * b for a, b in zip(z[i], z[j], strict=True))
+            best = max(best, (product / math.hypot(*z[i]) / math.hypot(*z[j]) + 1) / 2)
+        scores.append(best)
+    return torch.tensor(scores)
+
+
+@pytest.mark.parametrize("memory", [1, 3, 4, 20, 100])
+@pytest.mark.parametrize("size", [1, 5, 48])
+def test_poisoning_compares_with_the_queries_before(images, memory, size):
+    expected = slow_scores(images, memory)
+    for threshold in (0.6, 0.8, 0.95):
+        victim = victim_with("poisoning", poison_memory=memory, poison_threshold=threshold)
+        answers = ask(victim, images, size)
+        torch.testing.assert_close(victim.defences[0].scores(), expected)
+        flagged = expected > threshold
+        assert torch.equal(answers[~flagged], represent(images)[~flagged])
+        assert ((answers[flagged] - 1000).abs() < 5 * 0.5).all()
+        assert not flagged.all()
+        assert flagged.any() or memory < 4  # the near ones are four apart
+
+
+def test_the_memory_is_longer_than_a_call():
+    images = random_images(1500)
+    victim = victim_with("poisoning", poison_memory=1500, poison_threshold=0.9999)
+    ask(victim, images, 100)
+    assert (ask(victim, images[:2]) > 900).all()
+    victim = victim_with("poisoning", poison_memory=1499, poison_threshold=0.9999)
+    ask(victim, images, 100)
+    assert torch.equal(ask(victim, images[:1]), represent(images[:1]))
+
+
+def test_repeats_are_the_later_queries_of_an_image():
+    which = torch.randint(0, 100, (300,), generator=torch.Generator().manual_seed(0))
+    assert repeats(which).tolist() == [int(one) in which[:row].tolist() for row, one in enumerate(which)]
+
+
+def test_poisoned_answers_are_normal():
+    images = random_images(1).repeat(2001, 1, 1, 1)
+    answers = ask(victim_with("poisoning", sigma=2.0), images, 500)[1:]
+    z = (answers.double() - 1000) / 2
+    assert abs(z.mean()) < 4 / z.numel() ** 0.5
+    assert abs(z.std() - 1) < 4 / (2 * z.numel()) ** 0.5
+    assert (ask(victim_with("poisoning", sigma=0.0), images[:5])[1:] == 1000).all()
+
+
+def test_poisoning_remembers_each_account_by_itself(images):
+    victim = victim_with("poisoning", poison_memory=100)
+    ask(victim, images, 5, "a")
+    again = ask(victim, images, 5, "b")
+    defence = victim.defences[0]
+    torch.testing.assert_close(defence.scores("b"), defence.scores("a"))
+    assert torch.equal(again[:4], represent(images[:4]))
+    assert (ask(victim, images, 7, "a") > 900).all()
+    assert len(defence.scores("a")) == 96
+    assert len(defence.scores("nobody")) == 0
+
+
+def test_detection_figures_are_f1_and_auc():
+    draws = torch.Generator().manual_seed(0)
+    truth = torch.rand(60, generator=draws) < 0.4
+    scores = (torch.rand(60, generator=draws) + 0.3 * truth).mul(20).round() / 20  # with ties
+    scores[0], truth[0] = -math.inf, False  # the first query has nothing before it
+    found = detection_figures(scores, truth, 0.775)
+    rows = list(zip(scores.tolist(), truth.tolist(), strict=True))
+    hits, wrong = sum(s > 0.775 and t for s, t in rows), sum((s > 0.775) != t for s, t in rows)
+    pairs = [(s, o) for s, t in rows if t for o, u in rows if not u]
+    auc = sum(1.0 if s > o else 0.5 if s == o else 0.0 for s, o in pairs) / len(pairs)
+    assert found == pytest.approx({"f1": 2 * hits / (2 * hits + wrong), "auc": auc})
+    assert found["f1"] == pytest.approx(f1_score(truth, scores > 0.775))
+    assert found["auc"] == pytest.approx(roc_auc_score(truth, scores.clamp_min(-1)))
+
+
+def test_views_of_queried_images_are_detected(images):
+    victim = victim_with("poisoning")
+    near = (random_images(48, seed=5) // 20).int()
+    ask(victim, torch.cat([images[1::3], (images[1::3].int() + near[1::3]).clamp(0, 255).byte()]), 10)
+    assert detection_figures(victim.defences[0].scores(), torch.arange(32) >= 16, 0.8)["auc"] > 0.95
+
+
+def test_poisoning_reports_what_it_met(images):
+    victim = victim_with("poisoning")
+    order = {"a": torch.tensor([0, 1, 2, 0, 5, 0, 2, 7]), "b": torch.tensor([2, 1, 1])}
+    for account, which in order.items():
+        ask(victim, images[which], 3, account)
+    truth = [int(i) in which[:row].tolist() for which in order.values() for row, i in enumerate(which)]
+    scores = torch.cat([slow_scores(images[which], 20) for which in order.values()])
+    figures = detection_figures(scores, torch.tensor(truth), 0.8)
+    found = victim.defences[0].report(order)
+    assert found == pytest.approx({"poisoned": (scores > 0.8).sum().item(), **figures})
+    assert found["auc"] == 1
+    victim = victim_with("poisoning")
+    ask(victim, images[:3])
+    assert victim.defences[0].report({"default": torch.arange(3)}).keys() == {"poisoned"}
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_queries_of_one_kind_have_no_detection_figures(kind):
+    with pytest.raises(UserError, match="all queries are of one kind"):
+        detection_figures(torch.rand(5), torch.full((5,), kind), 0.8)
+
+
+# ---- rounding, topk, truncate, entropy -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 3, 6])
+def test_rounding(images, decimals):
+    answers = ask(victim_with("rounding", decimals=decimals), images)
+    for answer, h in zip(answers.flatten().tolist(), represent(images).flatten().tolist(), strict=True):
+        assert answer == pytest.approx(round(answer * 10**decimals) / 10**decimals, abs=5e-7)
+        assert abs(answer - h) < 0.5 / 10**decimals + 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 5, DIM])
+def test_topk(images, k):
+    answers = ask(victim_with("topk", top_k=k), images)
+    for answer, h in zip(answers.tolist(), represent(images).tolist(), strict=True):
+        kept = [i for i, number in enumerate(answer) if number]
+        assert len(kept) == k
+        assert [answer[i] for i in kept] == pytest.approx([h[i] for i in kept], abs=1e-6)
+        left_out = [abs(h[i]) for i in range(DIM) if i not in kept]
+        assert min(abs(h[i]) for i in kept) >= max(left_out, default=0) - 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 7, DIM])
+def test_truncate(images, k):
+    victim = victim_with("truncate", dimensions=k)
+    answers = ask(victim, images)
+    assert victim.dim == k
+    assert answers.tolist() == [h[:k] for h in Victim(SimCLREncoder(Pixels(), "pixels")).query(images).tolist()]
+    assert answers.untyped_storage().nbytes() == 4 * k * len(images)
+
+
+def test_entropy(images):
+    for answer, h in zip(ask(victim_with("entropy"), images).tolist(), represent(images).tolist(), strict=True):
+        total = sum(math.exp(number) for number in h)
+        assert answer == pytest.approx([math.exp(number) / total for number in h], rel=1e-5)
+
+
+# ---- transform -------------------------------------------------------------------------------------------------------
+
+
+def transformed(kind, images, account="default", secret=7):
+    return ask(victim_with("transform", secret, transform=kind), images, account=account)
+
+
+def test_orthogonal_maps_keep_distances_and_norms(images):
+    h = represent(images).double()
+    for account in ("a", "b"):
+        answers = transformed("orthogonal", images, account).double()
+        torch.testing.assert_close(torch.cdist(answers, answers), torch.cdist(h, h), rtol=0, atol=1e-4)
+        torch.testing.assert_close(answers.norm(dim=1), h.norm(dim=1), rtol=0, atol=1e-5)
+        turn = torch.linalg.lstsq(h, answers).solution
+        torch.testing.assert_close(turn @ turn.T, torch.eye(DIM).double(), rtol=0, atol=1e-4)
+
+
+def test_orthogonal_maps_turn_no_direction_more_often_than_another(images):
+    # Uniform over the group: a unit vector's image has mean 0 and variance 1 / D in each number, over accounts.
+    victim = victim_with("transform")
+    h = represent(images[:1])
+    turned = torch.cat([victim.query(images[:1], f"account {i}") for i in range(400)]) / h.norm() * DIM**0.5
+    assert (turned.mean(dim=0).abs() < 4.5 / 400**0.5).all()
+    assert abs(turned.mean()) < 4 / turned.numel() ** 0.5
+    torch.testing.assert_close(turned.var(dim=0), torch.ones(DIM), rtol=0, atol=4.5 * (2 / 400) ** 0.5)
+
+
+def test_shuffles_give_the_same_numbers_in_another_order(images):
+    h, answers = represent(images), transformed("shuffle", images)
+    order = [[i for i in range(DIM) if torch.allclose(answers[:, j], h[:, i])] for j in range(DIM)]
+    assert all(len(one) == 1 for one in order)
+    assert sorted(one[0] for one in order) == list(range(DIM))
+    assert [one[0] for one in order] != list(range(DIM))
+
+
+def test_scale_shuffle_stretches_and_shifts_each_dimension(images):
+    h, answers = represent(images), transformed("scale-shuffle", images)
+    sources, scales = [], []
+    for column in answers.T:
+        fits = []
+        for i in range(DIM):
+            design = torch.stack([h[:, i], torch.ones(len(h))], dim=1)
+            (scale, shift) = torch.linalg.lstsq(design, column[:, None]).solution[:, 0].tolist()
+            fits.append(((design @ torch.tensor([scale, shift]) - column).abs().max().item(), i, scale, shift))
+        error, source, scale, shift = min(fits)
+        assert error < 1e-4
+        assert 0.5 <= scale <= 2
+        assert -1 <= shift <= 1
+        sources.append(source)
+        scales.append(scale)
+    assert sorted(sources) == list(range(DIM))
+    assert max(scales) - min(scales) > 0.5
+
+
+def test_pad_shuffle_adds_constants(images):
+    victim = victim_with("transform", transform="pad-shuffle")
+    answers = ask(victim, images)
+    constant = (answers == answers[0]).all(dim=0)
+    assert victim.dim == answers.shape[1] == DIM + 6
+    assert constant.sum() == 6
+    assert ((answers[0, constant] >= 0) & (answers[0, constant] <= 1)).all()
+    torch.testing.assert_close(answers[:, ~constant].sort(dim=1).values, represent(images).sort(dim=1).values)
+
+
+def test_binary_answers_say_on_which_sides_of_hyperplanes(images):
+    images = random_images(20)
+    h = represent(images)
+    answers = torch.cat([transformed("binary", images, secret=secret) for secret in range(40)], dim=1)
+    assert set(answers.unique().tolist()) == {0.0, 1.0}
+    opposite = torch.cat([transformed("binary", 255 - images, secret=secret) for secret in range(40)], dim=1)
+    assert torch.equal(opposite, 1 - answers)
+    angle = torch.nn.functional.cosine_similarity(h[:, None], h[None], dim=2).clamp(-1, 1).acos() / math.pi
+    differ = (answers[:, None] != answers[None]).float().mean(dim=2)  # Goemans & Williamson: its mean is angle / pi
+    assert (differ - angle).abs().max() < 4.5 * 0.5 / (40 * DIM) ** 0.5
+
+
+# ---- buckets ---------------------------------------------------------------------------------------------------------
+
+
+def slow_coverage(rows, normals):
+    """Percent of the buckets that are occupied after each row."""
+    occupied, percent = set(), []
+    for row in rows.tolist():
+        occupied.add(tuple(sum(a * b for a, b in zip(row, normal, strict=True)) > 0 for normal in normals.tolist()))
+        percent.append(100 * len(occupied) / 2 ** len(normals))
+    return percent
+
+
+@pytest.mark.parametrize("bits", [1, 4, 9])
+@pytest.mark.parametrize("size", [1, 5, 48])
+def test_coverage_counts_occupied_buckets(images, bits, size):
+    draws = torch.Generator().manual_seed(bits)
+    normals, rows = torch.randn(bits, DIM, generator=draws), represent(images)
+    coverage = Coverage(normals)
+    found = torch.cat([coverage.add(part) for part in rows.split(size)])
+    assert found.tolist() == pytest.approx(slow_coverage(rows, normals))
+    assert coverage.percent == pytest.approx(found[-1].item())
+
+
+@pytest.mark.parametrize(("lam", "alpha", "beta"), [(1e-6, 0.8, 80.0), (1e-7, 1.0, 80.0), (0.01, 5.0, 10.0)])
+def test_sigma_of_coverage(lam, alpha, beta):
+    defence = Buckets(bucket_lambda=lam, bucket_alpha=alpha, bucket_beta=beta)
+    coverage = [0.0, 0.1, 1.0, 5.0, 25.0, beta, 100.0]
+    expected = [lam * (math.exp(math.log(alpha / lam) * o / beta) - 1) for o in coverage]
+    assert defence.sigma(torch.tensor(coverage)).tolist() == pytest.approx(expected, rel=1e-4)
+    assert defence.sigma(torch.tensor([0.0, beta])).tolist() == pytest.approx([0, alpha - lam], rel=1e-4)
+
+
+def test_noise_of_buckets_grows_with_an_accounts_coverage():
+    images = random_images(600)
+    victim = victim_with("buckets", bucket_bits=8)
+    defence = victim.defences[0]
+    assert defence.coverage("a") == 0
+    noise = (ask(victim, images, 64, "a") - represent(images)).double()
+    percent = slow_coverage(represent(images), defence._coverage["a"].normals)
+    assert defence.coverage("a") == pytest.approx(percent[-1])
+    sigma = torch.tensor([1e-6 * (math.exp(math.log(5 / 1e-6) * o / 30) - 1) for o in percent], dtype=torch.double)
+    assert sigma[-1] > 1e3 * sigma[0]
+    z = (noise / sigma[:, None])[sigma > 1e-3]  # above what float32 loses
+    assert abs(z.mean()) < 4 / z.numel() ** 0.5
+    assert abs(z.std() - 1) < 4 / (2 * z.numel()) ** 0.5
+    assert (z.square().mean(dim=1) - 1).abs().max() < 5 * (2 / DIM) ** 0.5  # in each answer, not only in the mean
+    # An account that asks the same again stays where it was.
+    repeated = ask(victim, images[:1].repeat(50, 1, 1, 1), account="b") - represent(images[:1])
+    assert defence.coverage("b") == pytest.approx(100 / 256)
+    assert repeated.abs().max() < 1e-5
+    assert defence.coverage("a") == pytest.approx(percent[-1])
