@@ -57,6 +57,14 @@ class Plan:
     copy_views: int = 1
     prototype: bool = False
     plain_first: bool = False
+    # Attackers who adapt (adaptive.py): ask each query so many times, undo what answers show, ask at most `budget`
+    # images in few buckets, or as so many accounts which share so many queries.
+    repeat: int = 1
+    restore: bool = False
+    max_coverage: float | None = None
+    budget: int = 0
+    sybils: int = 1
+    shared: int = 0
 
     @property
     def views(self) -> int:
@@ -97,16 +105,17 @@ def choose_queries(
     dataset: str,
     victim_dataset: str,
     root: Path,
-    count: int,
+    count: int | None,
     order: str = "first",
     seed: int = 0,
     force: bool = False,
 ) -> QuerySet:
     """So many images to query: the `first`, or `random` ones drawn by the seed. UserError when there are not as many.
 
-    The split is that of `data_aug.datasets.load_queries`.
+    None takes all of them. The split is that of `data_aug.datasets.load_queries`.
     """
     images, labels, split = load_queries(dataset, victim_dataset, root, force)
+    count = len(images) if count is None else count
     if count > len(images):
         raise UserError(
             f"this budget takes {count} images, the {split} split of {dataset} has {len(images)} to query: "
@@ -131,12 +140,16 @@ def queries_of(images: Tensor, plan: Plan, draws: torch.Generator) -> Tensor:
 
 @dataclass
 class Answered:
-    """What an attacker holds: images (N, 3, H, W) and what was sent (V * N, 3, H, W), uint8; the answers (V * N, D)."""
+    """What an attacker holds: images (N, 3, H, W) and what was sent (V * N, 3, H, W), uint8; the answers (V * N, D).
+
+    `index` (N,) are the images' positions in what the attacker had to choose from, if it chose.
+    """
 
     images: Tensor
     sent: Tensor
     answers: Tensor
     plan: Plan
+    index: Tensor | None = None
 
     def __post_init__(self):
         if self.plan.prototype:

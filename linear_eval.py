@@ -29,16 +29,22 @@ COPIES = {**ATTACKS, "stealhead": {}, "steallabels": {"losstype": "direct", "arc
 # Flags that name the encoder that is judged, with the setting in its file that they are about if there is one; for
 # another kind of encoder they mean nothing.
 NAMING = {
-    "victim": {"victim": None, "dataset": "dataset", "losstype": "losstype", "epochstrain": "epochs"},
+    "victim": {
+        **{"victim": None, "dataset": "dataset", "losstype": "losstype", "epochstrain": "epochs"},
+        "watermark": "watermark",
+    },
     "stolen": {
         **dict.fromkeys(("victim", "stolen", "head")),
         **{name: name for name in ("dataset", "losstype", "datasetsteal", "epochs", "num_queries", "attack")},
-        **{name: name for name in ("epochstrain", "victimhead", "stolenhead")},
+        **{name: name for name in ("epochstrain", "victimhead", "stolenhead", "watermark", "defence", "sigma", "mu")},
+        "entropy": None,
     },
     "random": {},
 }
 # Settings by which an encoder is looked for only where the command line has them.
-IF_GIVEN = ("epochstrain", "victimhead", "stolenhead")
+IF_GIVEN = ("epochstrain", "victimhead", "stolenhead", "watermark", "sigma", "mu")
+# Where several copies fit, the one of an attacker who asks each query once, as one account, and takes what it gets.
+PLAIN = {"repeat": 1, "restore": False, "max_coverage": None, "sybils": 1, "watermark": False}
 
 
 def parse() -> tuple[options.Parser, Namespace]:
@@ -74,6 +80,10 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_switch(model, "--head", False, "the copy is stealhead.py's: the same as --attack stealhead")
     options.add_switch(model, "--victimhead", False, "the copy was stolen from projections")
     options.add_switch(model, "--stolenhead", False, "the copy was stolen through a head of its own")
+    options.add_switch(model, "--watermark", False, "the watermarked victim, or a copy of it")
+    options.add_defence_flag(model, "the copy was stolen against this defence")
+    model.add_argument("--sigma", metavar="S", type=float, default=0.5, help="of that defence")
+    model.add_argument("--mu", metavar="M", type=float, default=5.0, help="of that defence")
     probe = parser.add_argument_group("probe")
     probe.add_argument("--probe", choices=["linear", "mlp", "knn"], default="linear", help="what reads representations")
     options.add_switch(probe, "--finetune", False, "train the whole encoder on the labelled images instead")
@@ -98,6 +108,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     named["arch"] = named["archstolen"]
     options.fill(args, {name: named[name] for name in ("losstype", "num_queries", "arch")})
     options.fill(args, {"lr": 1e-4 if args.modeltype == "stolen" else 3e-4})
+    options.resolve_defence(args, args.losstype)
     refuse(parser, args)
     return parser, args
 
@@ -132,7 +143,7 @@ def find(args: Namespace) -> Path:
             wanted[name] = getattr(args, flag)
     if kind == "stolen" and args.victim:
         wanted["victim"] = str(args.victim)
-    return runs.find_run(args.checkpoint_dir, kind, wanted, {"seed": args.seed, "recipe": args.recipe})
+    return runs.find_run(args.checkpoint_dir, kind, wanted, {"seed": args.seed, "recipe": args.recipe, **PLAIN})
 
 
 def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
@@ -288,6 +299,8 @@ def main() -> None:
         "test_images": len(test[1]),
         "test_images_queried": queried,
         **runs.ledger_figures(checkpoint),
+        "defence": settings.get("defence"),
+        **checkpoint.get("met", {}),
         "attacker_labels": settings.get("losstype") == "supcon" and args.modeltype == "stolen",
         "seed": args.seed,
         "seconds": round(time.perf_counter() - started, 1),

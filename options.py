@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data_aug.datasets import DATASETS, check_name
+from defenses import DEFENCES, Defence, build_defences, parse_defences, settings_of
 from loss import DISTANCES, TRAIN_LOSSES, Loss
 from models import ARCHITECTURES
 from simclr import Training
@@ -187,6 +188,83 @@ def add_arch(
     parser.add_argument(*flags, dest=name, choices=list(ARCHITECTURES), default=default, help=text)
 
 
+def defence_list(text: str) -> str | bool | None:
+    """True, None for False, or a list of defences such as `noise,rounding`, brought into one spelling."""
+    if text.lower() in ("true", "false"):
+        return switch(text) or None
+    try:
+        return ",".join(parse_defences(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_defence_flag(group: argparse._ActionsContainer, text: str) -> None:
+    group.add_argument(
+        "--defence",
+        metavar="True|False|LIST",
+        type=defence_list,
+        nargs="?",
+        const=True,
+        default=None,
+        help=f"{text}: {', '.join(DEFENCES)}. True: poisoning of attacks by {', '.join(sorted(POISONED))}, noise for "
+        f"others, as in the 2022 code",
+    )
+    add_switch(group, "--entropy", False, "the same as entropy at the end of --defence")
+
+
+def add_defence_options(parser: Parser) -> None:
+    """Which defences act on the victim's answers, and the settings of each."""
+    group = parser.add_argument_group("defence")
+    add_defence_flag(group, "what the owner does to answers, in this order, such as noise,rounding")
+    for name, one in defence_settings().items():
+        flag, text = f"--{name.replace('_', '-')}", one.metadata["help"]
+        if isinstance(one.default, bool):
+            add_switch(group, flag, one.default, text)
+        else:
+            choices = one.metadata["choices"]
+            group.add_argument(
+                flag,
+                **{"choices": choices} if choices else {"metavar": "N", "type": type(one.default)},
+                default=one.default,
+                help=text,
+            )
+    group.add_argument("--secret", metavar="N", type=int, help="seed of the owner's draws (default: --seed)")
+
+
+def defence_settings() -> dict[str, dataclasses.Field]:
+    """The settings of all defences; one that several have is one flag."""
+    return {name: one for defence in DEFENCES.values() for name, one in settings_of(defence).items()}
+
+
+# Attacks that compare views of an image are poisoned by --defence True; in 2022 these were infonce and softnn.
+POISONED = {"infonce", "softnn", "contsteal", "rda"}
+
+
+def resolve_defence(args: argparse.Namespace, losstype: str) -> None:
+    """Bring --defence and --entropy to a list of names in one string, or None for no defence."""
+    names = ("poisoning" if losstype in POISONED else "noise") if args.defence is True else args.defence
+    listed = names.split(",") if names else []
+    if args.entropy and "entropy" not in listed:
+        listed.append("entropy")
+    args.defence = ",".join(listed) or None
+
+
+def idle_without_defence(args: argparse.Namespace) -> dict[str, str]:
+    """Settings of defences that are not in force, for `refuse_idle`."""
+    names = args.defence.split(",") if args.defence else []
+    used = {setting for name in names for setting in settings_of(DEFENCES[name])}
+    reason = f"with --defence {args.defence}" if args.defence else "without --defence"
+    return dict.fromkeys(defence_settings().keys() - used | (set() if names else {"secret"}), reason)
+
+
+def defences(args: argparse.Namespace) -> list[Defence]:
+    """The defences that the flags name, new ones that have seen nothing."""
+    if not args.defence:
+        return []
+    secret = args.seed if args.secret is None else args.secret
+    return build_defences(args.defence.split(","), vars(args), secret)
+
+
 def fill(args: argparse.Namespace, *layers: Mapping[str, object]) -> None:
     """Give settings that the command line left open the value of the first layer that has one."""
     for layer in layers:
@@ -219,7 +297,7 @@ def in_force(args: argparse.Namespace) -> str:
     """One line with the values of the training flags that act, presets filled in."""
     names = (
         *("attack", "losstype", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "temperature"),
-        *("n_views", "queryaug", "prototype", "useaug", "copy_views", "recipe", "seed"),
+        *("n_views", "queryaug", "prototype", "useaug", "copy_views", "defence", "recipe", "seed"),
     )
     return "in force: " + ", ".join(f"{name} {getattr(args, name)}" for name in names if hasattr(args, name))
 

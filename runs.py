@@ -127,7 +127,10 @@ def check_named(
 def open_victim(args: argparse.Namespace) -> tuple[Path, SimCLREncoder]:
     """The victim that the flags name: its file and the encoder. UserError when flags and file differ."""
     wanted = {"dataset": args.dataset, "arch": args.arch, "epochs": args.epochstrain, "losstype": args.lossvictim}
-    preferred = {"seed": args.seed, "recipe": getattr(args, "recipe", "standard")}
+    watermark = getattr(args, "watermark", False)
+    if watermark:
+        wanted["watermark"] = True
+    preferred = {"seed": args.seed, "recipe": getattr(args, "recipe", "standard"), "watermark": watermark}
     path = args.victim or find_run(args.checkpoint_dir, "victim", wanted, preferred)
     checkpoint = read_checkpoint(path)
     check_finished(checkpoint, path)
@@ -137,10 +140,10 @@ def open_victim(args: argparse.Namespace) -> tuple[Path, SimCLREncoder]:
     return path, encoder_from_checkpoint(checkpoint, str(path), args.arch)
 
 
-def queries_of(args: argparse.Namespace, views: int = 1) -> QuerySet:
-    """The images that the flags name, with so many queries for each."""
-    count = args.num_queries // views
-    return choose_queries(args.datasetsteal, args.dataset, args.data, count, args.query_order, args.seed, args.force)
+def queries_of(args: argparse.Namespace, count: int) -> QuerySet:
+    """So many images of those that the flags name; all of them for an attacker who chooses among them."""
+    chosen = None if getattr(args, "max_coverage", None) is not None else count
+    return choose_queries(args.datasetsteal, args.dataset, args.data, chosen, args.query_order, args.seed, args.force)
 
 
 def open_copy(
@@ -186,7 +189,8 @@ def add_row(run: Run, root: Path, row: Mapping, step: int) -> None:
 def as_row(row: Mapping) -> str:
     """One readable line of an evaluation's row."""
     names = (
-        *("model", "attack", "arch", "losstype", "downstream", "probe", "top1", "top5", "top1_converged", "knn"),
+        *("model", "attack", "arch", "losstype", "defence", "downstream"),
+        *("probe", "top1", "top5", "top1_converged", "knn"),
         *("l2", "cosine", "cka", "overlap", "agreement", "test_images", "queries"),
     )
     values = {name: row[name] for name in names if row.get(name) is not None}

@@ -1,9 +1,11 @@
 """The trainer: one loop, for an encoder trained from its own views and for a copy trained from a victim's answers."""
 
+import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks import Answered, Plan, queries_of
+from adaptive import Bought, buy
+from attacks import Answered, Plan
 from data_aug.augment import crop_and_flip, random_views
 from defenses.watermark import WatermarkMLP, half_turns
+from evaluation import represent
 from loss import Loss
 from models import SimSiamHeads, read_checkpoint
 from models.checkpoint import load_checked
 from monitor import Watch, spread_of
 from utils import Precision, Run, UserError, generator, save_checkpoint
-from victim import Victim, ask_once, digest_tensor
+from victim import Purchases, Victim, digest_tensor
 
 # The loss of the images at `index` (B,), random views drawn from the generator, and the features (R, D) it is of.
 BatchLoss = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -41,6 +45,11 @@ class Training:
     useaug: bool = False
     copy_views: int = 1
     prototype: bool = False
+    repeat: int = 1
+    restore: bool = False
+    max_coverage: float | None = None
+    sybils: int = 1
+    shared: int = 0
     temperature: float = 0.07
     temperaturesn: float = 100.0
     lambda_aug: float = 9.0
@@ -49,10 +58,11 @@ class Training:
     recipe: str = "standard"
     log_every_n_steps: int = 200
 
-    def plan(self, loss: Loss) -> Plan:
-        """How an attack by this loss asks and shows."""
+    def plan(self, loss: Loss, budget: int = 0) -> Plan:
+        """How an attack by this loss asks and shows; `budget` is the number of images that it may ask about."""
         queryaug = self.n_views > 1 if self.queryaug is None else self.queryaug
-        return Plan(self.n_views, queryaug, self.useaug, self.copy_views, self.prototype, loss.plain_first)
+        own = {one.name: getattr(self, one.name) for one in fields(Plan) if hasattr(self, one.name)}
+        return Plan(**{**own, "queryaug": queryaug, "plain_first": loss.plain_first, "budget": budget})
 
 
 def check_plan(plan: Plan, loss: Loss) -> None:
@@ -103,8 +113,11 @@ class SimCLR:
         self.resume = resume
         self.optimizer = self._optimizer()
         self.scaler = precision.grad_scaler()
+        # Features that cost an attacker nothing, and are the same when a run is resumed.
+        self.untrained = copy.deepcopy(model) if training.max_coverage is not None else None
         self.first_epoch = 0
         self.matched = math.inf  # the spread of what the features have to match, if anything
+        self.sources: dict[str, Tensor] = {}  # for each account, the image that each of its queries was of
         self.resumed: dict = {}
         if resume and run.checkpoint.exists():
             self._load(read_checkpoint(run.checkpoint))
@@ -175,45 +188,33 @@ class SimCLR:
         victim: Victim,
         labels: Tensor | None = None,
         refine: Callable[[Tensor], Tensor] | None = None,
+        budget: int | None = None,
     ) -> None:
         """Train on a victim's answers to uint8 images (N, 3, H, W), by a loss of `loss.STEAL_LOSSES` or `LABEL_LOSSES`.
 
-        How it asks is said in `attacks`. Every query is made once and its answer reused in all epochs; the released
-        recipe asks anew in every epoch. `labels` (N,) are for an attacker who has them and a loss that needs them.
-        `refine` turns the answers (V * N, D) into the targets (V * N, model.output_dim).
+        How it asks is said in `attacks` and `adaptive`. Every query is made once and its answer reused in all epochs;
+        the released recipe asks anew in every epoch. `labels` (N,) are for an attacker who has them and a loss that
+        needs them. `refine` turns the answers (V * N, D) into the targets (V * N, model.output_dim). An attacker who
+        avoids buckets asks about `budget` of the images.
         """
-        training, device, plan = self.training, self.precision.device, self.training.plan(self.loss)
+        budget = budget or len(images)
+        plan = self.training.plan(self.loss, budget)
         check_plan(plan, self.loss)
-        value = self._loss_of(plan.views, labels)
-        self._check_batch(len(images))
-        if refine is None and victim.dim != self.model.output_dim:
-            raise UserError(
-                f"the victim answers {victim.dim} numbers, the copy gives {self.model.output_dim}: "
-                f"models.build_copy makes copies that fit"
-            )
-        if self.resumed and self.resumed["victim_version"] != victim.version:
-            raise UserError(
-                f"{self.run.checkpoint} was stolen from other weights: the victim has changed, drop --resume"
-            )
+        self._check_labels(labels)
+        self._check_batch(budget)
+        self._check_victim(victim, refine is not None)
         if not self._start():
             return
-        victim.ledger.load_state_dict(self.resumed.get("ledger", {}))
-        self.extra |= {"query_digests": digest_tensor(images), "victim_version": victim.version}
-        images = images.to(device)
-
-        def ask(keep: Path | None = None, epoch: int = 0) -> Answered:
-            sent = queries_of(images, plan, generator(training.seed, "query views", epoch))
-            answers = ask_once(victim, sent, keep).to(device)
-            self.extra["ledger"] = victim.ledger.state_dict()
-            summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
-            self.run.say(summary.format(**victim.ledger.summary()))
-            answers = refine(answers) if refine else answers
-            if not self.companion:
-                self.matched = spread_of(answers).item()
-            return Answered(images, sent, answers, plan)
-
-        released = training.recipe == "released"
+        released = self.training.recipe == "released"
+        if released:  # answers of earlier epochs are not asked again, nor kept: what is known of them is their record
+            victim.ledger.load_state_dict(self.resumed.get("ledger", {}))
+        self.extra["victim_version"] = victim.version
+        images = images.to(self.precision.device)
+        ask = functools.partial(self._ask, victim, images, plan, refine)
         once = None if released else ask(self.run.folder / f"answers-{victim.version}.f32")
+        index = once.index if once else torch.arange(len(images))
+        self._check_batch(len(index))
+        value = self._loss_of(plan.views, labels[index] if labels is not None else None)
 
         def losses_of(epoch: int) -> BatchLoss:
             held = once or ask(epoch=epoch)
@@ -230,9 +231,48 @@ class SimCLR:
 
             return batch_loss
 
-        self._fit(len(images), losses_of)
+        self._fit(len(index), losses_of)
         for answers_file in self.run.folder.glob("answers-*.f32"):
             answers_file.unlink()
+
+    def _ask(
+        self,
+        victim: Victim,
+        images: Tensor,
+        plan: Plan,
+        refine: Callable[[Tensor], Tensor] | None,
+        keep: Path | None = None,
+        epoch: int = 0,
+    ) -> Answered:
+        """Buy what the plan says, enter it in what every checkpoint holds, and say what it cost and met."""
+        draws = generator(self.training.seed, "query views", epoch)
+        bought = buy(Purchases(victim, keep), images.cpu(), plan, draws, lambda: self._features(images))
+        self._enter(victim, images, bought)
+        answers = bought.answers.to(self.precision.device)
+        answers = refine(answers) if refine else answers
+        if not self.companion:
+            self.matched = spread_of(answers).item()
+        index = bought.index.to(images.device)
+        return Answered(images[index], bought.sent.to(images.device), answers, plan, bought.index)
+
+    def _features(self, images: Tensor) -> Tensor:
+        """What the copy made of the images before it was trained (N, D), on the CPU: features that cost no query."""
+        return represent(self.untrained, images, self.precision).cpu()
+
+    def _enter(self, victim: Victim, images: Tensor, bought: Bought) -> None:
+        self.extra |= {"ledger": victim.ledger.state_dict(), "query_digests": digest_tensor(images[bought.index])}
+        if "query_indices" in self.extra and len(bought.index) < len(self.extra["query_indices"]):
+            self.extra["query_indices"] = self.extra["query_indices"][bought.index]
+            self.extra["query_set"] = {**self.extra["query_set"], "images": len(bought.index)}
+        summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
+        self.run.say(summary.format(**victim.ledger.summary()))
+        for words in bought.found:
+            self.run.say(f"attacker: {words}")
+        for account, more in bought.sources.items():
+            self.sources[account] = torch.cat([self.sources.get(account, more[:0]), more])
+        self.extra["met"] = victim.met(self.sources)
+        for name, figure in self.extra["met"].items():
+            self.run.say(f"{name.replace('_', ' ')} {figure:.4g}")
 
     # ---- the one loop ----
 
@@ -283,13 +323,27 @@ class SimCLR:
             return torch.optim.SGD(parameters, momentum=training.momentum, **options)
         return torch.optim.Adam(parameters, **options)
 
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if self.loss.needs_labels and (labels is None or (labels < 0).any()):
+            raise UserError("this loss needs labels and the images have none: choose another --losstype or data set")
+
+    def _check_victim(self, victim: Victim, refined: bool) -> None:
+        if not refined and victim.dim != self.model.output_dim:
+            raise UserError(
+                f"the victim answers {victim.dim} numbers, the copy gives {self.model.output_dim}: "
+                f"models.build_copy makes copies that fit"
+            )
+        if self.resumed and self.resumed["victim_version"] != victim.version:
+            raise UserError(
+                f"{self.run.checkpoint} was stolen from other weights: the victim has changed, drop --resume"
+            )
+        if self.resumed and self.training.recipe == "released" and any(one.remembers for one in victim.defences):
+            raise UserError("what a defence remembers of earlier epochs is lost under --recipe released: drop --resume")
+
     def _loss_of(self, views: int, labels: Tensor | None = None) -> Callable[..., Tensor]:
         """The loss with the settings in force: of the batch's index (B,) and features, `views` rows for each image."""
+        self._check_labels(labels)
         if self.loss.needs_labels:
-            if labels is None or (labels < 0).any():
-                raise UserError(
-                    "this loss needs labels and the images have none: choose another --losstype or data set"
-                )
             labels = labels.to(self.precision.device)
         settings = {**vars(self.training), "views": views}
         fixed = {argument: settings[name] for argument, name in self.loss.takes.items() if name != "labels"}

@@ -33,6 +33,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_switch(
         parser, "--victimhead", False, "the victim answers its projections too; --losshead msewithhead needs them"
     )
+    options.add_defence_options(parser)
     options.add_arch(parser, "-a", "--arch", "--archstolen", text="the copy's architecture", name="archstolen")
     queries = options.add_query_options(parser)
     queries.add_argument("--n-views", metavar="N", type=options.count, default=2, help="queries (views) for each image")
@@ -58,7 +59,8 @@ def parse() -> tuple[options.Parser, Namespace]:
         idle.pop(name, None)
     if args.losshead == "msewithhead":
         idle["out_dim"] = "with --losshead msewithhead: the true projections have their width"
-    options.refuse_idle(parser, args, idle)
+    options.resolve_defence(args, args.losshead)
+    options.refuse_idle(parser, args, {**idle, **options.idle_without_defence(args)})
     return parser, args
 
 
@@ -108,9 +110,9 @@ def main() -> None:
             raise UserError(f"{path} has no projection head: leave out --victimhead")
         args.out_dim = encoder.out_dim
     images_of_head = args.head_queries // args.n_views
-    queries = runs.queries_of(args, args.n_views)
+    queries = runs.queries_of(args, args.num_queries // args.n_views)
     service = Service(encoder.to(precision.device), "both" if args.victimhead else "representations")
-    victim = Victim(service, budget=args.num_queries, precision=precision)
+    victim = Victim(service, args.num_queries, options.defences(args), precision)
     with seeded(args.seed):
         model = build_copy(args.archstolen, args.out_dim, encoder.normalize, head=True)
         companion = SimSiamHeads(args.out_dim, args.out_dim) if loss.predictor else None

@@ -105,7 +105,7 @@ def main() -> None:
     classifier = open_classifier(args, path, encoder)
     sells = "labels" if args.modeloutput == "labels" else "probabilities"
     service = Service(encoder, sells, classifier).to(precision.device)
-    queries = runs.queries_of(args)
+    queries = runs.queries_of(args, args.num_queries)
     victim = Victim(service, budget=args.num_queries, precision=precision)
     with seeded(args.seed):
         model = build_encoder(args.archstolen, victim.dim, encoder.normalize, head="linear")

@@ -12,10 +12,23 @@ import torch
 import linear_eval
 import run
 import steal
+from defenses import Defence
 from models import build_encoder
 from utils import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Applied(Defence):
+    """A defence that applies a function to answers (B, D), and counts the queries that it saw."""
+
+    def __init__(self, function=lambda answers: answers):
+        super().__init__()
+        self.function, self.seen = function, 0
+
+    def __call__(self, answers, query):
+        self.seen += len(answers)
+        return self.function(answers)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from loss import HEAD_LOSSES, STEAL_LOSSES
 from models import build_encoder, projection_head
 from monitor import Watch, spread_of
 from simclr import SimCLR, Training
+from tests.conftest import Applied
 from utils import Precision, Run, UserError, seeded
 from victim import Victim
 
@@ -114,7 +115,7 @@ def test_spread_is_a_tensorboard_scalar(steal):
 
 
 def test_a_copy_of_a_victim_that_answers_the_same_to_everything_is_not_stopped(steal):
-    scalars = steal(epochs=50, defences=[lambda answers, images, account: 5 * torch.ones_like(answers)])
+    scalars = steal(epochs=50, defences=[Applied(lambda answers: 5 * torch.ones_like(answers))])
     assert scalars["spread"][-1] < 0.01 / 16
 
 

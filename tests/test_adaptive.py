@@ -1,0 +1,269 @@
+"""Attackers who adapt, against the defences that they are meant for; the victim is trained on the embedded shapes."""
+
+import pytest
+import torch
+
+import run
+import steal
+from adaptive import Asker, Bought, align, ask_as_sybils, ask_within, buy, denoise, replaced, restore, restored
+from attacks import Plan
+from data_aug.datasets import load_dataset
+from defenses import DEFENCES, build_defences
+from evaluation import linear_cka, represent
+from models import build_encoder, load_encoder, read_checkpoint
+from tests.conftest import SMALL, STEAL, call_main
+from utils import generator, seeded
+from victim import Purchases, Victim, image_digests
+
+QUERIES = 600
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A victim of some 20 seconds: 1,500 shapes, 3 epochs."""
+    folder = tmp_path_factory.mktemp("shapes")
+    line = ("--dataset", "shapes", "--num-train", "1500", "--epochs", "3", "-b", "64", "--lr", "0.002", *SMALL)
+    assert call_main(run, folder, folder, *line) == 0
+    return load_encoder(next(folder.rglob("checkpoint.pth.tar")))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_dataset("shapes", split="test")[0][:QUERIES]
+
+
+@pytest.fixture(scope="module")
+def clean(encoder, images):
+    return represent(encoder, images)
+
+
+@pytest.fixture
+def draws():
+    return generator(0, "test")
+
+
+def purchases(encoder, names="", **settings):
+    """An attacker's way to a victim with these defences."""
+    defences = build_defences(names.split(","), settings) if names else []
+    return Purchases(Victim(encoder, defences=defences))
+
+
+def error(answers, clean):
+    return (answers - clean).square().mean().item()
+
+
+# ---- asking again ----
+
+
+def test_asking_again_averages_fresh_noise_away_and_is_paid_for(encoder, images, clean):
+    of = torch.arange(QUERIES)
+    errors = {}
+    for repeat in (1, 8):
+        bought = purchases(encoder, "noise", mu=0.0, sigma=0.5)
+        errors[repeat] = error(Asker(bought, repeat).ask(images, of), clean)
+        assert bought.victim.ledger.queries == repeat * QUERIES
+        assert bought.victim.ledger.distinct == QUERIES
+    assert errors[8] == pytest.approx(errors[1] / 8, rel=0.05)
+
+
+def test_asking_again_gains_nothing_against_consistent_noise(encoder, images, clean):
+    of = torch.arange(QUERIES)
+    asker = Asker(purchases(encoder, "noise", mu=0.0, sigma=0.5, consistent_noise=True), 8)
+    assert error(asker.ask(images, of), clean) == pytest.approx(0.25, rel=0.05)
+    assert asker.sources["default"].tolist() == list(range(QUERIES)) * 8
+
+
+# ---- answers undone ----
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "gain"),
+    [
+        ("rounding", {"decimals": 0}, 2),
+        ("topk", {"top_k": 64}, 3),
+        ("topk", {"top_k": 128}, 1.3),
+        ("noise", {"mu": 0.0, "sigma": 0.5}, 3),
+        ("noise", {"mu": 5.0, "sigma": 0.5}, 100),
+    ],
+)
+def test_restored_answers_are_closer_to_the_truth(names, settings, gain, encoder, images, clean):
+    answers = purchases(encoder, names, **settings).ask(images)
+    better, words = restore(answers)
+    assert error(better, clean) < error(answers, clean) / gain
+    assert names[:3] in words.replace("-", "")
+
+
+def test_undefended_answers_are_left_alone(clean):
+    answers, words = restore(clean)
+    assert answers is clean
+    assert "as they are" in words
+
+
+def test_noise_is_measured_whatever_the_shape():
+    """Pure noise on a matrix of rank 3, with more rows than columns and with fewer."""
+    draws = torch.Generator().manual_seed(0)
+    for rows, dim in ((1000, 64), (40, 256)):
+        signal = torch.randn(rows, 3, generator=draws) @ torch.randn(3, dim, generator=draws)
+        noisy = signal + 0.3 * torch.randn(rows, dim, generator=draws)
+        better, sigma = denoise(noisy)
+        assert sigma == pytest.approx(0.3, rel=0.05)
+        assert error(better, signal) < 0.3 * error(noisy, signal)
+        assert error(denoise(noisy, 0.3)[0], signal) == pytest.approx(error(better, signal), rel=0.2)
+
+
+def test_replaced_answers_are_seen_by_their_magnitude():
+    answers = torch.rand(20, 8) + 1
+    assert not replaced(answers).any()
+    answers[[3, 11]] = 1000 + torch.randn(2, 8)
+    assert replaced(answers).nonzero().flatten().tolist() == [3, 11]
+    assert not replaced(torch.zeros(5, 8)).any()
+
+
+def test_images_keep_their_good_answers_and_those_without_one_go():
+    answers = torch.rand(8, 4) + 1  # four images, two views
+    answers[[1, 4, 5]] = 1000.0  # view 0 of image 1, view 1 of images 0 and 1
+    answers[0, 0] = 0.0  # a ReLU's
+    sent = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    held = restored(Bought(torch.tensor([10, 11, 12, 13]), sent, answers, {}))
+    assert held.index.tolist() == [10, 12, 13]
+    assert held.sent[:, 0, 0, 0].tolist() == [0, 2, 3, 4, 6, 7]
+    expected = answers[[0, 2, 3, 0, 6, 7]]  # image 0's second view takes the first one's answer
+    torch.testing.assert_close(held.answers, expected)
+    assert "3 of 8 answers were replaced, 1 images lost" in held.found[0]
+
+
+def test_an_attacker_who_restores_beats_poisoning(encoder, images, clean):
+    """What is left after throwing replaced answers away is the truth."""
+    bought = purchases(encoder, "poisoning", poison_threshold=0.99)
+    held = buy(bought, images, Plan(restore=True), generator(0, "t"), lambda: None)
+    assert 0 < len(held.index) < QUERIES
+    torch.testing.assert_close(held.answers, clean[held.index], rtol=1e-3, atol=1e-3)
+
+
+# ---- several accounts ----
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "scale-shuffle", "pad-shuffle"])
+def test_sybils_answers_are_aligned(kind, encoder, images, clean):
+    """In one account's coordinates they say of the images what the victim does; without the map they don't."""
+    of = torch.arange(QUERIES)
+    asker = Asker(purchases(encoder, "transform", transform=kind))
+    answers, found = ask_as_sybils(asker, images, of, sybils=3, shared=150)
+    assert asker.purchases.victim.ledger.queries == QUERIES + 2 * 150
+    assert list(asker.purchases.victim.ledger.accounts) == ["sybil-1", "sybil-2", "sybil-3"]
+    assert len(found) == 2
+    other = purchases(encoder, "transform", transform=kind)
+    mixed = torch.cat([other.ask(part, f"sybil-{i + 1}") for i, part in enumerate(images.chunk(3))])
+    whole = purchases(encoder, "transform", transform=kind).ask(images, "sybil-1")
+    assert linear_cka(answers, clean) > 0.9 > linear_cka(mixed, clean)
+    assert error(answers, whole) < 0.1 * error(mixed, whole)
+
+
+def test_sybils_each_stay_below_a_coverage_that_one_account_reaches(encoder, images):
+    """Buckets' noise follows an account's own queries."""
+    settings = {"bucket_bits": 8, "bucket_beta": 20.0}
+    alone, several = (purchases(encoder, "buckets", **settings) for _ in range(2))
+    alone.ask(images)
+    ask_as_sybils(Asker(several), images, torch.arange(QUERIES), sybils=6, shared=20)
+    (one,), (many,) = alone.victim.defences, several.victim.defences
+    assert max(many.coverage(f"sybil-{i + 1}") for i in range(6)) < one.coverage()
+
+
+def test_alignment_finds_an_affine_map_and_says_what_it_misses():
+    draws = torch.Generator().manual_seed(0)
+    ours = torch.randn(300, 12, generator=draws)
+    theirs = ours @ torch.randn(12, 16, generator=draws) + 3
+    mapped, unexplained = align(theirs[:100], ours[:100], theirs[100:])
+    torch.testing.assert_close(mapped, ours[100:], rtol=1e-3, atol=1e-3)
+    assert unexplained < 1e-4
+    unrelated = torch.randn(300, 16, generator=draws)
+    assert align(unrelated[:100], ours[:100], unrelated[100:])[1] > 0.8
+
+
+# ---- few buckets ----
+
+
+def test_an_attacker_who_avoids_buckets_gets_less_noise(encoder):
+    """As many queries: a lower coverage in the owner's table and answers closer to the truth; means of three owners."""
+    pool = load_dataset("shapes", split="test")[0][:2000]
+    truth = represent(encoder, pool)
+    with seeded(1):
+        features = represent(build_encoder("resnet10w32"), pool)
+    coverage, errors = {"plain": 0.0, "careful": 0.0}, {"plain": 0.0, "careful": 0.0}
+    for secret in range(3):
+        for name in coverage:
+            defences = build_defences(["buckets"], {"bucket_beta": 2.0}, secret)
+            bought = Purchases(Victim(encoder, defences=defences))
+            if name == "plain":
+                index, answers = torch.arange(QUERIES), bought.ask(pool[:QUERIES])
+            else:
+                index, answers, _ = ask_within(Asker(bought), pool, features, QUERIES, 100.0, generator(secret, "t"))
+            assert len(index.unique()) == len(index) == QUERIES
+            coverage[name] += defences[0].coverage() / 3
+            errors[name] += error(answers, truth[index]) / 3
+    assert coverage["careful"] < 0.9 * coverage["plain"]
+    assert errors["careful"] < 0.9 * errors["plain"]
+
+
+def test_it_stops_when_its_own_table_is_full_enough(encoder, images, draws):
+    asker = Asker(purchases(encoder))
+    features = torch.rand(QUERIES, 5, generator=draws)
+    index, answers, words = ask_within(asker, images, features, 500, 0.5, draws)
+    assert 50 <= len(index) < 500
+    assert len(answers) == len(index) == asker.purchases.victim.ledger.queries
+    assert f"{len(index)} of 500 images asked" in words
+    asked = {digest for account in asker.purchases.victim.ledger.accounts.values() for digest in account.images}
+    assert asked == set(image_digests(images[index]))
+
+
+# ---- through the script ----
+
+
+def copy_of(out):
+    return read_checkpoint(out.splitlines()[-1].removeprefix("copy: "))
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "queries"),
+    [
+        (("--repeat", "3"), 8, 24),
+        (("--repeat", "2", "--n-views", "2"), 6, 24),
+        (("--sybils", "3", "--shared", "4"), 16, 24),
+        (("--sybils", "2", "--shared", "4", "--repeat", "2"), 8, 24),
+        (("--max-coverage", "100"), 24, 24),
+    ],
+)
+def test_the_budget_covers_every_asking(flags, images, queries, call, trained):
+    code, out, err = call(steal, *STEAL, "-b", "4", *flags)
+    assert code == 0, err
+    checkpoint = copy_of(out)
+    assert sum(account["queries"] for account in checkpoint["ledger"].values()) == queries
+    assert checkpoint["query_set"]["images"] == len(checkpoint["query_indices"]) == images
+    assert len(checkpoint["query_digests"]) == images
+
+
+def test_an_attack_that_chooses_is_resumed_with_the_same_choice(call, trained, tmp_path):
+    """Its features are those of the untrained copy, whatever the copy has become."""
+    line = (*STEAL, "-b", "4", "--max-coverage", "50", "--defence", "buckets", "--epochs", "2")
+    code, out, err = call(steal, *line)
+    assert code == 0, err
+    whole = copy_of(out)
+    code, out, err = call(steal, *line, "--resume")
+    assert code == 0, err
+    assert torch.equal(copy_of(out)["query_indices"], whole["query_indices"])
+
+
+def test_what_cannot_be_asked_is_refused(refused, trained):
+    assert "too few for 30 askings" in refused(steal, *STEAL, "--repeat", "30")
+    assert "--shared 1 is too few" in refused(steal, *STEAL, "--sybils", "2", "--shared", "1")
+    assert "60 shared queries" in refused(steal, *STEAL, "--sybils", "4", "--shared", "20")
+    assert "--max-coverage chooses" in refused(steal, *STEAL, "--max-coverage", "5", "--n-views", "2")
+    assert "--max-coverage chooses" in refused(steal, *STEAL, "--max-coverage", "5", "--recipe", "released")
+    assert "--shared has no effect without --sybils" in refused(steal, *STEAL, "--shared", "20")
+
+
+def test_every_defence_is_met_by_a_plan(encoder, images):
+    """Nothing of an adaptive attacker depends on which defence answers."""
+    for name in DEFENCES:
+        held = buy(purchases(encoder, name), images[:40], Plan(repeat=2), generator(0, "t"), lambda: None)
+        assert held.answers.shape == (40, purchases(encoder, name).victim.dim)
