@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import legitimate
 import linear_eval
 import run
 import steal
@@ -35,6 +36,27 @@ FOUND_BY = {"dataset": "svhn", "epochstrain": "2", "lossvictim": "softnn", "vict
 QUERIES = {"num_queries": "16", "query_order": "random", "datasetsteal": "mnist"}
 FORCE = (("--datasetsteal", "cifar10"), "True")
 
+NOISE, POISONING = ("--defence", "noise"), ("--defence", "poisoning")
+BUCKETS = ("--defence", "buckets", "--bucket-bits", "3", "--bucket-alpha", "10", "--bucket-beta", "20")
+DEFENDED = {
+    "defence": "noise",
+    "entropy": "True",
+    "mu": (NOISE, "1"),
+    "sigma": (NOISE, "2"),
+    "consistent_noise": (NOISE, "True"),
+    "secret": (NOISE, "7"),
+    "poison_threshold": (POISONING, "1"),
+    "poison_memory": ((*POISONING, "--poison-threshold", "0.99995"), "1"),
+    "decimals": (("--defence", "rounding"), "0"),
+    "top_k": (("--defence", "topk"), "8"),
+    "dimensions": (("--defence", "truncate"), "8"),
+    "transform": (("--defence", "transform"), "binary"),
+    "bucket_bits": (BUCKETS, "2"),
+    "bucket_lambda": (BUCKETS, "0.01"),
+    "bucket_alpha": (BUCKETS, "5"),
+    "bucket_beta": (BUCKETS, "2"),
+}
+
 EFFECTS = {
     run: (
         TRAIN,
@@ -47,6 +69,7 @@ EFFECTS = {
             "dataset": "svhn",
             "num_train": "48",
             "normalize": "True",
+            "watermark": "True",
             "arch": "resnet18",
             "out_dim": "64",
             "temperature": "0.5",
@@ -70,6 +93,13 @@ EFFECTS = {
             "losstype": "mse",
             "archstolen": "resnet18",
             "victimhead": "True",
+            "watermark": "True",
+            **DEFENDED,
+            "repeat": "2",
+            "restore": (("--defence", "topk"), "True"),
+            "max_coverage": "0.1",
+            "sybils": "2",
+            "shared": (("--sybils", "2"), "4"),
             "stolenhead": "True",
             "n_views": "2",
             "queryaug": "True",
@@ -91,6 +121,7 @@ EFFECTS = {
             **OPTIMISER,
             **FOUND_BY,
             **QUERIES,
+            **DEFENDED,
             "arch": "resnet18",
             "archstolen": "resnet18",
             "flat_epochs": RATE,
@@ -130,6 +161,24 @@ EFFECTS = {
             "num_test": "8",
         },
     ),
+    legitimate: (
+        (*SMALL, *VICTIM, "--num_queries", "40", "--num-test", "20", "--epochs", "2"),
+        {
+            **MACHINE,
+            **DEFENDED,
+            **FOUND_BY,
+            "arch": "resnet18",
+            "dataset": (("--dataset-test", "mnist"), "svhn"),
+            "dataset_test": "mnist",
+            "losstype": (("--defence", "True"), "mse"),
+            "num_queries": "30",
+            "num_test": "10",
+            "epochs": "1",
+            "batch_size": "8",
+            "lrhead": "0.1",
+            "weight_decay": "1",
+        },
+    ),
     linear_eval: (
         STOLEN,
         {
@@ -145,6 +194,11 @@ EFFECTS = {
             "victimhead": "True",
             "stolenhead": "True",
             "victim": "none.pth.tar",
+            "watermark": "True",
+            "defence": "noise",
+            "entropy": "True",
+            "sigma": "2",
+            "mu": "1",
             "stolen": "none.pth.tar",
             "arch": "resnet18",
             "modeltype": (JUDGE, "random"),
@@ -192,9 +246,11 @@ def outcome(call, trained, tmp_path):
         if code:
             assert code == 2
             return err
-        if module in (linear_eval, steallabels):
+        if module in (legitimate, linear_eval, steallabels):
             row = json.loads(results.read_text().splitlines()[-1])
             scores = {key: value for key, value in row.items() if key not in timing}
+            if module is legitimate:
+                return {}, scores
         else:
             scores = None
         written = next(line for line in reversed(out.splitlines()) if line.startswith(("copy: ", "victim: ", "row: ")))
