@@ -1,0 +1,327 @@
+"""The detector: statistics by slow formulas, streams of which one is more suspect, and the command that judges it."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+import detect
+from data_aug.datasets import load_dataset
+from defenses.buckets import hyperplanes
+from defenses.detection import SCORES, Detection, non_normality, scores_of, similarity
+from defenses.nearest import BLOCK, Memory, nearest_distances
+from utils import UserError, generator, save_checkpoint
+from victim import Victim
+
+DIM = 16
+
+
+def vectors(count, seed=0, dim=DIM):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_nearest(rows, size):
+    distances = [math.inf]
+    for i in range(1, len(rows)):
+        earlier = [1 - F.cosine_similarity(rows[i].double(), row.double(), dim=0).item() for row in rows[:i][-size:]]
+        distances.append(min(earlier))
+    return torch.tensor(distances)
+
+
+# ---- nearest distances -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_nearest_distances_are_those_of_the_slow_formula(size):
+    rows = vectors(60)
+    rows[30:40] = 3 * rows[20:30] + 0.01 * vectors(10, seed=1)  # its length means nothing
+    torch.testing.assert_close(nearest_distances(rows, size), slow_nearest(rows, size), rtol=1e-4, atol=1e-6)
+
+
+def test_a_repeated_vector_is_at_distance_zero_while_it_is_remembered():
+    rows = vectors(50)
+    assert torch.equal(nearest_distances(rows.repeat(2, 1), 50)[50:], torch.zeros(50))
+    assert (nearest_distances(rows.repeat(2, 1), 49)[50:] > 0.1).all()
+
+
+def test_distances_do_not_depend_on_how_the_stream_is_cut():
+    rows = vectors(BLOCK + 90)
+    rows[BLOCK + 10 :] = rows[:80]  # crosses the block of one call
+    whole = nearest_distances(rows, BLOCK + 10)
+    assert torch.equal(whole[BLOCK + 10 :], torch.zeros(80))
+    for cut in (1, 37, BLOCK):
+        memory = Memory(BLOCK + 10)
+        parts = torch.cat([memory.nearest(part) for part in rows.split(cut)])
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_asked_is_nothing_remembered():
+    memory = Memory(5)
+    assert memory.nearest(vectors(0)).shape == (0,)
+    assert memory.nearest(vectors(1)).tolist() == [math.inf]
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_similarity_is_one_less_the_mean_distance():
+    assert similarity(torch.tensor([0.0, 0.5, 0.1])) == pytest.approx(0.8)
+    assert similarity(torch.empty(0)) == 0
+
+
+def test_non_normality_is_that_of_scipy_without_the_outliers():
+    distances = vectors(300, dim=1)[:, 0].abs()
+    distances[17] = 40.0
+    kept = distances[torch.arange(300) != 17].double()
+    mean, deviation = distances.double().mean(), distances.double().std(correction=0)
+    assert ((kept - mean).abs() <= 3 * deviation).all()
+    assert abs(distances[17] - mean) > 3 * deviation
+    assert non_normality(distances) == pytest.approx(1 - stats.shapiro(kept.numpy()).statistic)
+    assert non_normality(distances) < 1 - stats.shapiro(distances.double().numpy()).statistic
+
+
+def test_non_normality_by_the_definition_of_w_for_three():
+    a, b, c = 0.1, 0.4, 0.5  # for three values the weights are -1, 0, 1 over the root of 2
+    mean = (a + b + c) / 3
+    w = (c - a) ** 2 / 2 / ((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2)
+    assert non_normality(torch.tensor([b, c, a])) == pytest.approx(1 - w, abs=1e-6)
+
+
+def test_non_normality_where_w_means_nothing():
+    assert non_normality(torch.tensor([0.1, 0.7])) == 0
+    assert non_normality(torch.full((20,), 0.3)) == 1
+
+
+def test_non_normality_of_long_streams_warns_of_nothing(recwarn):
+    assert non_normality(vectors(6000, dim=1)[:, 0]) < 0.01
+    assert not recwarn.list
+
+
+def test_coverage_counts_the_buckets_met():
+    rows = vectors(40)
+    normals = hyperplanes(5, DIM, generator(3, "detection"))
+    met = {tuple(float(normal @ row) > 0 for normal in normals) for row in rows}
+    assert 1 < len(met) < 32
+    assert scores_of(rows, bits=5, secret=3)["coverage"] == pytest.approx(100 * len(met) / 32)
+
+
+# ---- which streams look more like an attack --------------------------------------------------------------------------
+
+
+def fresh():
+    return vectors(400, dim=64)
+
+
+def views():
+    centres = vectors(200, dim=64)
+    return torch.cat([centres + 0.3 * vectors(200, seed, 64) for seed in (1, 2)])
+
+
+def narrow():
+    return vectors(1, dim=64) + 0.3 * vectors(400, seed=5, dim=64)
+
+
+STREAMS = {"fresh": fresh, "views": views, "repeat": lambda: fresh()[:200].repeat(2, 1), "narrow": narrow}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "less"),
+    [
+        ("nearest", "repeat", "fresh"),
+        ("nearest", "views", "fresh"),
+        ("nearest", "repeat", "views"),
+        ("nearest", "narrow", "fresh"),  # what it cannot do: a narrow task looks like an attack
+        ("coverage", "fresh", "narrow"),
+        ("coverage", "fresh", "repeat"),  # nor can this find one who repeats
+        ("prada", "repeat", "fresh"),
+        ("prada", "views", "fresh"),
+    ],
+)
+def test_the_direction_of_each_score(name, more, less):
+    assert scores_of(STREAMS[more]())[name] > scores_of(STREAMS[less]())[name] + 0.01
+
+
+# ---- on the black box ------------------------------------------------------------------------------------------------
+
+
+def asked(encoder, images, size, account="default"):
+    """The answers to a stream, and the detector that watched it."""
+    detector = Detection(secret=4)
+    victim = Victim(encoder, defences=[detector])
+    return torch.cat([victim.query(part, account) for part in images.split(size)]), detector
+
+
+@pytest.fixture
+def stream(images):
+    return torch.cat([images, images[3:8]])
+
+
+def test_answers_are_not_changed(encoder, stream):
+    answers, detector = asked(encoder, stream, 17)
+    assert torch.equal(answers, Victim(encoder).query(stream))
+    assert detector.width(7) == 7
+    assert detector.remembers
+
+
+def test_scores_are_those_of_the_whole_stream_of_representations(encoder, stream):
+    expected = scores_of(Victim(encoder).query(stream), secret=4)
+    assert expected.keys() == SCORES.keys()
+    assert asked(encoder, stream, 17)[1].scores() == pytest.approx(expected, abs=1e-5)
+    for size in (1, 5):
+        detector = asked(encoder, stream, size)[1]
+        distances = detector.distances()
+        assert distances.shape == (16,)
+        # The encoder rounds batches of another size otherwise, which W of distances this small shows.
+        assert distances[11:].max() < 1e-5 < distances[:11].min()
+        for name in ("nearest", "coverage"):
+            assert detector.scores()[name] == pytest.approx(expected[name], abs=1e-4)
+
+
+def test_accounts_are_watched_apart(encoder, images):
+    detector = Detection(secret=4)
+    victim = Victim(encoder, defences=[detector])
+    victim.query(images[:6], "a")
+    victim.query(images, "b")
+    victim.query(images[:6], "a")
+    assert detector.scores("b") == pytest.approx(asked(encoder, images, 12)[1].scores(), abs=1e-3)
+    assert detector.distances("a")[5:].max() < 1e-5 < detector.distances("b").min()
+    assert detector.scores("nobody") == {}
+    assert detector.distances("nobody").shape == (0,)
+    assert detector.report({"nobody": torch.empty(0)}) == {}
+    both = victim.met({"a": torch.arange(12), "b": torch.arange(12), "nobody": torch.empty(0)})
+    assert both == {f"detection_{name}": max(detector.scores(one)[name] for one in "ab") for name in SCORES}
+
+
+def test_what_an_earlier_process_answered_counts(encoder, stream):
+    detector = Detection(secret=4)
+    victim = Victim(encoder, defences=[detector])
+    victim.recall(stream[:12])
+    victim.query(stream[12:])
+    assert detector.distances()[11:].max() < 1e-5
+
+
+@pytest.mark.parametrize("setting", [{"detection_memory": 0}, {"detection_bits": 0}, {"detection_bits": 25}])
+def test_bad_settings_are_refused(setting):
+    with pytest.raises(UserError, match=r"--detection-(memory|bits) \d+ is not"):
+        Detection(**setting)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+QUICK = ("--dataset", "shapes", "--streams", "4", "--stream-length", "30", "--device", "cpu", "--precision", "fp32")
+
+
+@pytest.fixture
+def owned(encoder, tmp_path):
+    path = tmp_path / "owned.pth.tar"
+    save_checkpoint({"arch": "resnet10w32", "state_dict": encoder.state_dict(), "epoch": 1}, path)
+    return path
+
+
+def test_the_command_prints_and_records_its_table(call, owned, tmp_path):
+    arguments = (*QUICK, "--victim", owned, "--dataset-users", "svhn", "--repeat", "3")
+    code, out, err = call(detect, *arguments)
+    assert code == 0, err
+    row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text())
+    assert {"command", "commit", "torch", "device", "seed"} <= row.keys()
+    assert (row["streams"], row["stream_length"], row["images"], row["repeat"]) == (4, 30, 4000, 3)
+    assert "users draw from 50% of each class" in row["parting"]
+    assert row["parting"] in out
+    for users in ("task", "other"):
+        for name in SCORES:
+            keys = [f"{users}_{attacker}_{name}" for attacker in ("plain", "views", "repeat")]
+            cells = [f"{row[f'auc_{key}']:.3f}, {row[f'detected_{key}']:.0%}" for key in keys]
+            assert f"| {users} | {name} | {' | '.join(cells)} |" in out
+    # Two of three queries are at distance 0: no encoder can hide that.
+    assert row["auc_task_repeat_nearest"] == row["detected_task_repeat_nearest"] == 1
+    code, again, _ = call(detect, *arguments, "--resume")
+    assert code == 0
+    assert "is there already" in again
+    assert f"| other | prada | {cells[0]}" in again
+    assert len((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_refusals_are_one_line(refused, owned, tmp_path):
+    victim = ("--victim", owned)
+    assert "lower --stream-length 900" in refused(detect, *QUICK, *victim, "--stream-length", "900")
+    assert "has 10 classes" in refused(detect, *QUICK, *victim, "--user-classes", "11")
+    assert "--stream-length 9 is too short" in refused(detect, *QUICK, *victim, "--stream-length", "9")
+    assert "--dataset-users shapes" in refused(detect, *QUICK, *victim, "--dataset-users", "shapes")
+    assert "24 images" in refused(detect, *QUICK, *victim, "--dataset-users", "mnist")
+    assert "--detection-bits 30" in refused(detect, *QUICK, *victim, "--detection-bits", "30")
+    assert "--streams" in refused(detect, *QUICK, *victim, "--streams", "0")
+    assert "nowhere" in refused(detect, *QUICK, "--victim", tmp_path / "nowhere")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_copy_is_not_taken_for_a_victim(refused, trained):
+    assert "is a copy" in refused(detect, *QUICK, "--victim", trained)
+
+
+# ---- its parts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "share"), [(300, 0.5), (500, 0.75)])
+def test_users_and_attackers_have_images_of_their_own_where_these_suffice(length, share):
+    _, labels = load_dataset("shapes", split="test")
+    attackers, users, words = detect.part_images(labels, length, 2, seed=0)
+    assert set(attackers.tolist()).isdisjoint(users.tolist())
+    assert len(attackers) + len(users) == 4000
+    assert labels[users].bincount().tolist() == [int(400 * share)] * 10
+    assert f"{share:.0%}" in words
+    other, _, _ = detect.part_images(labels, length, 2, seed=1)
+    assert not torch.equal(attackers.sort().values, other.sort().values)
+
+
+def test_users_and_attackers_share_images_where_these_are_few():
+    attackers, users, words = detect.part_images(torch.arange(40) % 4, 20, 2, seed=0)
+    assert attackers.tolist() == users.tolist() == list(range(40))
+    assert "same images" in words
+
+
+def test_users_ask_about_different_images_of_few_classes():
+    labels, chosen = torch.arange(90) % 9, torch.arange(0, 90, 2)
+    tasks = set()
+    for number in range(6):
+        drawn = detect.draw_task(chosen, labels[chosen], 10, 2, generator(0, "task", number))
+        assert len(set(drawn.tolist())) == 10
+        assert set(drawn.tolist()) <= set(chosen.tolist())
+        assert len(set(labels[drawn].tolist())) == 2
+        tasks.add(tuple(sorted(set(labels[drawn].tolist()))))
+    assert len(tasks) > 1
+
+
+def test_attackers_send_what_their_names_say(encoder):
+    args = detect.Namespace(streams=2, stream_length=11, repeat=4, seed=0)
+    images = load_dataset("shapes", split="test")[0][:40]
+    precision = detect.Precision("fp32", torch.device("cpu"))
+    known, chosen = detect.represent(encoder, images, precision), torch.arange(20, 40)
+    streams = list(detect.attacks_of(args, encoder, precision, images, known, chosen))
+    assert [kind for kind, _ in streams] == ["plain", "views", "repeat"] * 2
+
+    def which(stream):
+        return [int(index) if close < 1e-5 else None for close, index in map(min_of, stream)]
+
+    def min_of(row):
+        return (known - row).abs().amax(dim=1).min(dim=0)
+
+    for kind, stream in streams:
+        assert len(stream) == 11
+        found = which(stream)
+        if kind == "views":
+            assert found.count(None) > 8
+            continue
+        assert set(found) <= set(range(20, 40))
+        assert len(set(found)) == (11 if kind == "plain" else 3)
+        assert kind == "plain" or found == (found[:3] * 4)[:11]
+    assert not torch.equal(streams[0][1], streams[3][1])
+
+
+def test_false_alarms_are_five_in_a_hundred_at_most():
+    users = [float(value) for value in range(100)]
+    assert detect.detected([94.0, 94.5, 95.0, 200.0], users) == 0.75  # five users exceed 94
+    assert detect.detected([99.0, 99.5], users[-19:]) == 0.5  # of so few users none may
+    assert detect.detected([1.0] * 4, [1.0] * 40) == 0
