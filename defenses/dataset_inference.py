@@ -1,0 +1,51 @@
+"""Dataset inference for encoders: one trained on some images, or stolen from one that was, gives itself away on them.
+
+Dziedzic et al., NeurIPS 2022 (arXiv 2209.09024): the owner has a suspect represent the victim's training images, fits a
+density to the representations of one half of them, and looks whether the other half is likelier under it than images
+that the victim never saw. Where an encoder does not know the images, both are as likely. It needs no mark in the
+victim; whether it separates is a matter of the victim, so the victim's own figures are the first to look at.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils import UserError, derive_seed, generator
+
+COMPONENTS = 10  # the authors' number for CIFAR-10 and SVHN; 50 for ImageNet
+MAX_ITERATIONS = 1000  # of expectation maximisation, as theirs
+
+
+def halves(count: int, number: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices of two disjoint random halves of `count` training images, or of `number` of them: (N // 2,) each.
+
+    UserError when there are fewer than asked for, or too few to halve.
+    """
+    number = number or count
+    if number > count:
+        raise UserError(f"--num-train {number}: the victim was trained on {count} images")
+    if number < 4:
+        raise UserError(f"{number} training images are too few for dataset inference: each half needs 2")
+    order = torch.randperm(count, generator=generator(seed, "halves"))[:number]
+    return order[: number // 2], order[number // 2 : number // 2 * 2]
+
+
+def log_likelihoods(fitted: Tensor, *others: Tensor, components: int = COMPONENTS, seed: int = 0) -> tuple[Tensor, ...]:
+    """Log-likelihoods, (N,) in nats, of each of `others` (N, D) under a Gaussian mixture fitted to `fitted` (M, D).
+
+    All are representations, whose lengths don't count: rows are divided by them. Covariances are diagonal, with
+    scikit-learn's floor of 1e-6 for a variance. The same seed gives the same mixture.
+    """
+    from sklearn.mixture import GaussianMixture  # here, because it takes a second
+
+    mixture = GaussianMixture(
+        components,
+        covariance_type="diag",
+        max_iter=MAX_ITERATIONS,
+        random_state=derive_seed(seed, "mixture") % 2**32,
+    ).fit(_directions(fitted))
+    return tuple(torch.from_numpy(mixture.score_samples(_directions(rows))) for rows in others)
+
+
+def _directions(h: Tensor):
+    return F.normalize(h.double(), dim=1).cpu().numpy()

@@ -1,0 +1,363 @@
+"""Verifying a theft: the statistics by slow formulas, the verdicts on encoders that are copies and that are not."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+import run
+import steal
+import verify
+from data_aug.datasets import load_dataset, take_balanced
+from defenses.watermark import WatermarkMLP
+from models import build_encoder, load_encoder, read_checkpoint
+from ownership import Judged, judge_inference, judge_watermark, training_images, unseen_images
+from statistical_tests import cohens_d, distance_from, further_draw, roc, sign_test, welch
+from tests.conftest import call_main
+from tests.test_watermark import lit
+from utils import save_checkpoint, seeded
+
+SMALL = ("--arch", "resnet10w32", "--device", "cpu", "--precision", "fp32")
+FEW = ("--num-test", "80")
+
+
+def write_npz(path, seed):
+    arrays = {}
+    for split, number in (("train", 128), ("test", 1040)):
+        images, labels = lit(split, number, seed)
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """A watermarked victim, two copies of it and three independent encoders: names -> checkpoints.
+
+    The copies are the victim with its weights disturbed, which takes no time; `stolen` is one by steal.py, of 40
+    queries of the victim's own test images.
+    """
+    folder = tmp_path_factory.mktemp("verify")
+    ours, theirs = write_npz(folder / "ours.npz", 0), write_npz(folder / "theirs.npz", 1)
+    train = (*SMALL, "--flat-epochs", "1", "-b", "16", "--lr", "0.002")
+    marked = ("--dataset", ours, "--epochs", "4", "--num-train", "112", "--watermark", "True", "--out_dim", "16")
+    assert call_main(run, folder, folder, *train, *marked) == 0
+    victim = next(folder.rglob("checkpoint.pth.tar"))
+    paths = {"victim": victim}
+    for seed in (1, 2, 3):
+        arguments = ("--dataset", theirs, "--epochs", "1", "--num-train", "32", "--seed", str(seed))
+        assert call_main(run, folder, folder, *train, *arguments) == 0
+        paths[f"independent{seed}"] = next(folder.rglob(f"victim-*theirs*seed{seed}-*/checkpoint.pth.tar"))
+    queries = ("--dataset", ours, "--datasetsteal", ours, "--epochstrain", "4", "--num_queries", "40", "-b", "8")
+    copy = ("--victim", victim, "--archstolen", "resnet10w32", "--losstype", "mse", "--epochs", "1")
+    assert call_main(steal, folder, folder, *SMALL, *queries, *copy) == 0
+    paths["stolen"] = next(victim.parent.glob("stolen-*/checkpoint.pth.tar"))
+    for seed in (1, 2):
+        state = read_checkpoint(victim)["state_dict"]
+        draws = torch.Generator().manual_seed(seed)
+        disturbed = {
+            key: value + 0.05 * value.std() * torch.randn(value.shape, generator=draws) if value.ndim == 4 else value
+            for key, value in state.items()
+        }
+        paths[f"copy{seed}"] = folder / f"copy{seed}.pth.tar"
+        save_checkpoint({"state_dict": disturbed}, paths[f"copy{seed}"])
+    return folder, paths
+
+
+@pytest.fixture
+def verified(call, encoders):
+    """Runs verify.py on encoders by name; returns what it prints."""
+    folder, paths = encoders
+
+    def run_verify(method, suspects, independents=(), *arguments):
+        named = ("--method", method, "--victim", paths["victim"], "--suspect", *(paths[name] for name in suspects))
+        if independents:
+            named = (*named, "--independent", *(paths[f"independent{number}"] for number in independents))
+        code, out, err = call(verify, *named, *arguments, "--device", "cpu", "--precision", "fp32", folder=folder)
+        assert code == 0, err
+        return out
+
+    return run_verify
+
+
+def table_of(out):
+    """The table's rows, as dictionaries."""
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"
+    )
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+# ---- statistics ----
+
+
+A = [0.61, 0.7, 0.43, 0.92, 0.55, 0.81]
+B = [0.52, 0.31, 0.66, 0.4]
+
+
+def test_welch_is_the_formula():
+    """t over the two means' standard errors, with Welch's degrees of freedom."""
+    parts = [np.var(x, ddof=1) / len(x) for x in (A, B)]
+    t = (np.mean(A) - np.mean(B)) / math.sqrt(sum(parts))
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (A, B), strict=True))
+    assert welch(A, torch.tensor(B, dtype=torch.float64)) == pytest.approx(stats.t.sf(t, freedom))
+    assert welch(A, B) < 0.1 < 0.9 < welch(B, A)
+    assert (welch([1, 1], [1, 1]), welch([1, 1], [2, 2]), welch([2, 2], [1, 1])) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(7, 3), (3, 7), (5, 0)])
+def test_sign_test_counts_the_ways(wins, losses):
+    n = wins + losses
+    assert sign_test(wins, losses) == pytest.approx(sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n)
+
+
+def test_a_further_draw_passes_as_often_as_the_level_says():
+    """Against 20,000 samples of four and one more from the same distribution."""
+    draws = np.random.default_rng(0).normal(3, 2, (20_000, 5))
+    p_values = np.array([further_draw(row[0], row[1:]) for row in draws])
+    for level in (0.05, 0.5):
+        assert (p_values < level).mean() == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / 20_000))
+    assert further_draw(2, [1, 1]) == 0
+    assert further_draw(1, [1, 1]) == sign_test(0, 0) == 1
+
+
+def test_effect_sizes_are_the_formulas():
+    squares = sum(((np.array(x) - np.mean(x)) ** 2).sum() for x in (A, B))
+    assert cohens_d(A, B) == pytest.approx((np.mean(A) - np.mean(B)) / math.sqrt(squares / (len(A) + len(B) - 2)))
+    assert cohens_d(A, B) == -cohens_d(B, A)
+    assert distance_from(A, 0.5) == pytest.approx((np.mean(A) - 0.5) / np.std(A, ddof=1))
+    assert cohens_d([1, 1], [1, 1]) == 0
+    assert cohens_d([2, 2], [1, 1]) == math.inf
+
+
+def test_roc_counts_pairs_and_shares():
+    guilty, innocent = [0.9, 0.6, 0.55], [0.6, 0.5]
+    points, area = roc(guilty, innocent)
+    pairs = [(g > i) + 0.5 * (g == i) for g in guilty for i in innocent]
+    assert area == pytest.approx(sum(pairs) / 6)
+    expected = [(0, 0), (0, 1 / 3), (1 / 2, 2 / 3), (1 / 2, 1), (1, 1)]
+    assert np.allclose(points, expected)
+
+
+# ---- judging ----
+
+
+def test_an_images_two_versions_count_once():
+    """Ten images: six read right twice, one wrong twice, three once: 6 against 1, not 15 against 5."""
+    right = torch.tensor([[1] * 6 + [0] + [1] * 3, [1] * 6 + [0] + [0] * 3]).bool()
+    score = torch.linspace(0.3, 0.8, 10)
+    figures = judge_watermark((right, score), [])
+    assert figures["accuracy"] == pytest.approx(75)
+    assert figures["p_binomial"] == pytest.approx(stats.binomtest(6, 7, alternative="greater").pvalue)
+    assert figures.keys() == {"accuracy", "effect", "p_binomial"}
+
+
+def test_an_mlp_that_always_says_the_same_proves_nothing():
+    right = torch.stack([torch.ones(500), torch.zeros(500)]).bool()
+    assert judge_watermark((right, torch.full((500,), 0.5)), [])["p_binomial"] == 1
+
+
+def test_tests_against_independent_encoders_are_of_images_and_of_encoders():
+    draws = torch.Generator().manual_seed(0)
+
+    def read(mean):
+        score = (mean + 0.1 * torch.randn(400, generator=draws)).clamp(0, 1)
+        return (torch.stack([score, score]) > 0.5), score
+
+    own, others = read(0.55), [read(mean) for mean in (0.46, 0.53, 0.57)]
+    figures = judge_watermark(own, others)
+    scores = [score for _, score in others]
+    assert figures["p_t"] == pytest.approx(welch(own[1], torch.stack(scores).mean(dim=0)))
+    assert figures["effect"] == pytest.approx(cohens_d(own[1], torch.cat(scores)))
+    shares = [100 * (score > 0.5).double().mean().item() for score in scores]
+    assert figures["p_encoders"] == pytest.approx(further_draw(figures["accuracy"], shares), rel=1e-4)
+    # Thousands of images tell it from the others; among encoders that differ so much it is one of them.
+    assert figures["p_t"] < 0.01 < 0.05 < figures["p_encoders"]
+    assert not verify.passes(figures, 0.05)
+    assert "p_encoders" not in judge_watermark(own, others[:1])
+
+
+def test_dataset_inference_is_judged_by_its_effect_among_encoders():
+    draws = torch.Generator().manual_seed(0)
+    known, *others = (
+        (gain + torch.randn(300, generator=draws), torch.randn(300, generator=draws)) for gain in (1, 0, 0)
+    )
+    figures = judge_inference(known, others)
+    assert figures["difference"] == pytest.approx((known[0].mean() - known[1].mean()).item())
+    assert figures["p_t"] == pytest.approx(welch(*known))
+    assert figures["p_encoders"] == pytest.approx(further_draw(cohens_d(*known), [cohens_d(*one) for one in others]))
+
+
+# ---- which images ----
+
+
+def judged(paths, name):
+    return Judged("suspect", paths[name], read_checkpoint(paths[name]), load_encoder(paths[name]))
+
+
+def arguments_of(paths, **values):
+    settings = read_checkpoint(paths["victim"])["settings"]
+    args = verify.Namespace(data="datasets", num_test=None, **values)
+    return args, settings["dataset"]
+
+
+def test_what_a_copy_queried_is_tested_on_no_encoder(encoders):
+    _, paths = encoders
+    args, dataset = arguments_of(paths)
+    test = load_dataset(dataset, "datasets", "test")[0]
+    assert len(unseen_images(args, dataset, [judged(paths, "copy1")])) == 1040
+    kept = unseen_images(args, dataset, [judged(paths, name) for name in ("copy1", "stolen")])
+    assert torch.equal(kept, test[-1000:])
+
+
+def test_the_victims_training_images_are_those_that_run_took(encoders):
+    _, paths = encoders
+    args, dataset = arguments_of(paths)
+    images, labels = load_dataset(dataset, "datasets", "train")
+    expected = images[take_balanced(labels, 112, 0)]
+    assert torch.equal(training_images(args, dataset, judged(paths, "victim")), expected)
+
+
+# ---- verdicts ----
+
+
+def test_copies_are_found_and_independent_encoders_are_not(verified, encoders):
+    folder, paths = encoders
+    out = verified("watermark", ["copy1", "copy2", "victim"], [1, 2, 3], *FEW)
+    rows = table_of(out)
+    assert [row["kind"] for row in rows] == ["victim", *["suspect"] * 3, *["independent"] * 3]
+    assert [row["found"] for row in rows] == ["yes"] * 4 + ["no"] * 3
+    assert min(float(row["accuracy"]) for row in rows[:4]) > 70
+    assert rows[3] == {**rows[0], "kind": "suspect"}  # the victim as its own suspect
+    assert out.count(": stolen at level 0.05 (") == 3
+    assert "independent encoders found at level 0.05: 0 of 3" in out
+    assert "suspect encoders found at level 0.05: 3 of 3; each test alone: binomial 3, t 3, encoders 3" in out
+    assert "AUC 1.000; false accusations/detections in %: 0/0, 0/" in out
+    written = [json.loads(line) for line in (folder / "checkpoints" / "results.jsonl").read_text().splitlines()][-3:]
+    assert [row["checkpoint"] for row in written] == [str(paths[name]) for name in ("copy1", "copy2", "victim")]
+    for row in written:
+        assert row["found"] is True
+        assert (row["auc"], row["false_accusations"], row["test_images"], row["independents"]) == (1, 0, 80, 3)
+        assert {"command", "commit", "torch", "device", "seed", "seconds", "dataset", "p_t", "effect"} <= row.keys()
+    config = yaml.safe_load(next(paths["victim"].parent.glob("verify-watermark-*/config.yml")).read_text())
+    assert config["settings"]["suspect"] == [row["checkpoint"] for row in written]
+
+
+def test_independents_are_judged_beside_the_others(verified):
+    """With two of them each has one other, and so no test over encoders."""
+    rows = table_of(verified("watermark", ["copy1"], [1, 2], *FEW))
+    assert [row["p_encoders"] != "" for row in rows] == [True, True, False, False]
+    assert all(row["p_t"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("independents", "words"),
+    [((), "by the binomial test against 50 % alone, not held against"), ((1,), "; not held against the spread")],
+)
+def test_a_verdict_says_what_it_lacks(independents, words, verified):
+    out = verified("watermark", ["copy1"], independents, *FEW)
+    (verdict,) = [line for line in out.splitlines() if line.startswith("suspect copy1.pth.tar: stolen at level 0.05")]
+    assert words in verdict
+    assert "no ROC is drawn" in out
+
+
+def test_a_method_that_does_not_find_the_victim_decides_nothing(verified, encoders):
+    """An encoder of two dozen batches knows its images no better than others."""
+    few = (*FEW, "--components", "3", "--num-train", "100", "--level", "0.0001")
+    out = verified("dataset-inference", ["copy1", "copy2"], [1, 2, 3], *few)
+    rows = table_of(out)
+    assert [row["found"] for row in rows] == ["no", *["undecided"] * 5]
+    assert "50 fitted images, 50 held out images, 80 test images" in out
+    assert "not found, so the method cannot decide here" in out
+    assert "undecided at level 0.0001 (" in out
+    assert "ROC by effect: AUC" in out
+    folder, _ = encoders
+    row = json.loads((folder / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    assert row["found"] is None
+    assert (row["fitted_images"], row["held_out_images"], row["test_images"]) == (50, 50, 80)
+
+
+def test_the_level_decides(verified):
+    out = verified("dataset-inference", ["copy1"], (), *FEW, "--components", "3", "--level", "0.999999")
+    assert [row["found"] for row in table_of(out)] == ["yes", "yes"]
+    assert "stolen at level 0.999999" in out
+
+
+def test_the_same_command_gives_the_same_and_resume_only_shows_it(verified, encoders):
+    _, paths = encoders
+    arguments = ("watermark", ["copy2"], (), "--num-test", "40")
+    first, second = verified(*arguments), verified(*arguments)
+    assert table_of(first) == table_of(second)
+    again = verified(*arguments, "--resume", "True")
+    assert "is there already" in again
+    assert f"{paths['copy2']}: stolen at level" in again
+    assert "|" not in again
+
+
+# ---- refusals ----
+
+
+@pytest.fixture
+def refuses(refused, encoders):
+    """The line with which verify.py refuses; names of encoders stand for their files."""
+    folder, paths = encoders
+
+    def run_verify(*arguments, method="watermark", victim="victim", suspect="copy1"):
+        named = ("--method", method, "--victim", victim, "--suspect", suspect, *arguments, "--device", "cpu")
+        return refused(verify, *(paths.get(value, value) for value in named), folder=folder)
+
+    return run_verify
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"victim": "independent1"}, "holds no watermark's MLP"),
+        ({"suspect": "nowhere.pth.tar"}, "no checkpoint at nowhere.pth.tar"),
+        ({"victim": "copy1", "method": "dataset-inference"}, "does not say which data set it was trained on"),
+        (("--level", "1"), "'1' is not between 0 and 1"),
+        (("--level", "0"), "not a number above 0"),
+        (("--num-test", "1041"), "the test split of"),
+        (("--num-test", "1"), "too few for a test"),
+        (("--components", "5"), "--components has no effect with --method watermark"),
+        (("--num-train", "50"), "--num-train has no effect with --method watermark"),
+        (("--dataset", "cifar10"), "not cifar10: give --dataset npz:"),
+        (("--independent", "stolen"), "is the victim or a copy of it"),
+        (("--independent", "victim"), "is the victim or a copy of it"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message, refuses):
+    line = refuses(**arguments) if isinstance(arguments, dict) else refuses(*arguments)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--num-train", "113"), "was trained on 112 images"), (("--components", "57"), "more than the 56 images")],
+)
+def test_too_much_for_the_training_images_is_refused(arguments, message, refuses):
+    assert message in refuses(*arguments, method="dataset-inference")
+
+
+def test_a_copys_queries_are_not_tested_on(refuses):
+    assert "were queried" in refuses("--num-test", "1040", suspect="stolen")
+
+
+def test_files_that_cannot_be_what_they_are_given_as_are_refused(refuses, encoders, tmp_path):
+    _, paths = encoders
+    with seeded(0):
+        wide = build_encoder("resnet18")
+    save_checkpoint({"state_dict": wide.state_dict()}, tmp_path / "wide.pth.tar")
+    assert "gives representations of 512 numbers, the victim's watermark reads 256" in refuses(
+        suspect=tmp_path / "wide.pth.tar"
+    )
+    save_checkpoint({"state_dict": {"fc.weight": torch.ones(2, 3)}}, tmp_path / "layer.pth.tar")
+    assert "layer.pth.tar" in refuses(suspect=tmp_path / "layer.pth.tar")
+    unfinished = {**read_checkpoint(paths["victim"]), "epoch": 2}
+    save_checkpoint(unfinished, tmp_path / "unfinished.pth.tar")
+    assert "stopped after epoch 2 of 4" in refuses(victim=tmp_path / "unfinished.pth.tar")
+    assert WatermarkMLP.kept_as in unfinished
