@@ -1,19 +1,23 @@
 """The examples of docs/extending.md, as they stand there."""
 
+import importlib.util
 import re
+import sys
 
 import pytest
 import torch
 
 import attacks
+import defenses
+import legitimate
 import linear_eval
 import loss
 import steal
 from tests import test_loss
-from tests.conftest import JUDGE, ROOT, STEAL
+from tests.conftest import JUDGE, ROOT, SMALL, STEAL, VICTIM
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
-NEW_LOSS, ITS_TEST, NEW_ATTACK = BLOCKS
+NEW_LOSS, ITS_TEST, NEW_ATTACK, NEW_DEFENCE = BLOCKS
 
 
 def apply(monkeypatch, block, module, *tables):
@@ -35,8 +39,9 @@ def new_loss(monkeypatch):
     return entry
 
 
-def test_a_loss_takes_fewer_than_20_lines():
-    assert len(NEW_LOSS.strip().splitlines()) < 20
+@pytest.mark.parametrize("block", [NEW_LOSS, NEW_ATTACK, NEW_DEFENCE])
+def test_an_extension_takes_fewer_than_20_lines(block):
+    assert len(block.strip().splitlines()) < 20
 
 
 def test_the_loss_passes_the_tests_of_losses_with_its_slow_formula(new_loss, monkeypatch):
@@ -65,3 +70,22 @@ def test_the_attack_asks_as_it_says(call, trained, monkeypatch):
     assert "queries: 24, of distinct images: 24" in out
     held = torch.load(out.splitlines()[-1].removeprefix("copy: "), weights_only=True)
     assert held["settings"]["losstype"] == "cosine"
+
+
+def test_the_defence_is_a_flag_and_acts(call, trained, monkeypatch, tmp_path):
+    file = tmp_path / "clip.py"
+    file.write_text(NEW_DEFENCE)
+    spec = importlib.util.spec_from_file_location("clip", file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "clip", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(defenses.DEFENCES, "clip", module.Clip)
+    weights = []
+    for ceiling in ("0.5", "0.001"):
+        line = ("--defence", "clip,rounding", "--ceiling", ceiling, "--losstype", "mse")
+        code, out, err = call(steal, *STEAL, *line)
+        assert code == 0, err
+        weights.append(torch.load(out.splitlines()[-1].removeprefix("copy: "), weights_only=True)["state_dict"])
+    assert not torch.equal(*(state["backbone.conv1.weight"] for state in weights))
+    user = (*SMALL, *VICTIM, "--num_queries", "40", "--num-test", "20", "--epochs", "1")
+    assert call(legitimate, *user, "--defence", "clip")[0] == 0
