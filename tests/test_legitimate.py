@@ -1,0 +1,101 @@
+"""The paying user: what is bought, in one account, and what a defence takes away."""
+
+import json
+
+import pytest
+import torch
+
+import legitimate
+from data_aug.datasets import load_dataset
+from legitimate import served
+from models import build_encoder
+from tests.conftest import SMALL, VICTIM
+from utils import Precision, seeded
+from victim import Account, image_digests
+
+LINE = (*SMALL, *VICTIM, "--num_queries", "40", "--num-test", "20", "--epochs", "2")
+
+
+@pytest.fixture
+def row(call, trained, tmp_path):
+    """The row of a user's run."""
+
+    def of(*arguments):
+        code, _, err = call(legitimate, *LINE, *arguments)
+        assert code == 0, err
+        return json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+
+    return of
+
+
+def test_every_answer_is_paid_for_in_training_and_in_use(row):
+    found = row("--defence", "noise")
+    assert (found["queries"], found["distinct"], found["train_images"], found["test_images"]) == (60, 60, 40, 20)
+    assert (found["model"], found["defence"], found["downstream"]) == ("user", "noise", "cifar10")
+    assert {"command", "commit", "torch", "device", "seconds", "seed"} <= found.keys()
+
+
+def test_without_a_defence_there_is_nothing_to_lose(row):
+    found = row()
+    assert found["defence"] is None
+    assert all(found[name] == found[f"clean_{name}"] for name in ("top1", "top5", "top1_converged", "loss"))
+
+
+def test_the_undefended_figures_do_not_depend_on_the_defence(row):
+    assert row("--defence", "rounding")["clean_loss"] == row("--defence", "noise")["clean_loss"] == row()["loss"]
+
+
+def test_the_task_may_be_another_data_set(row):
+    found = row("--dataset-test", "mnist")
+    assert (found["downstream"], found["train_images"], found["queries"]) == ("mnist", 40, 60)
+
+
+def test_of_the_victims_own_data_the_user_has_the_test_split(data, call, trained, tmp_path):
+    """Without its last 1,000 images, on which it is tested; the training images are the victim's."""
+    assert "lower --num_queries" in call(legitimate, *LINE, "--num_queries", "41")[2]  # 1,040 test images
+    images, _ = load_dataset("cifar10", data, "test")
+    assert not set(image_digests(images[:40])) & set(image_digests(images[-20:]))
+
+
+@pytest.fixture
+def task():
+    """An encoder and labelled images whose mean brightness is their class, which any representation shows."""
+    with seeded(0):
+        encoder = build_encoder("resnet10w32", out_dim=16).eval()
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(240) % 3
+    noise = torch.randint(0, 30, (240, 3, 32, 32), generator=draws)
+    images = (80 * labels[:, None, None, None] + noise).to(torch.uint8)
+    return encoder, (images[:160], labels[:160]), (images[160:], labels[160:])
+
+
+def test_a_defence_is_met_in_training_and_in_use(task, monkeypatch):
+    """A strong one costs the user the task; a turn of all answers costs nothing."""
+    import options
+
+    args = options.argparse.Namespace(epochs=20, batch_size=16, weight_decay=0.0, lrhead=1e-3, seed=0)
+    precision = Precision("fp32", torch.device("cpu"))
+    scores = {}
+    for name, settings in (("", {}), ("noise", {"mu": 0.0, "sigma": 50.0}), ("transform", {}), ("poisoning", {})):
+        defences = options.build_defences([name], settings) if name else []
+        scores[name], victim = served(args, *task, precision, defences)
+        assert victim.ledger.accounts["user"].queries == 240
+        assert isinstance(victim.ledger.accounts["user"], Account)
+    assert scores[""]["top1_converged"] > 95
+    assert scores["noise"]["top1_converged"] < 60
+    assert scores["transform"]["top1_converged"] == pytest.approx(scores[""]["top1_converged"], abs=3)
+    assert scores["poisoning"]["top1_converged"] < 60  # all images of a brightness look alike
+
+
+def test_refusals(refused, trained):
+    assert "--losstype has no effect without --defence True" in refused(legitimate, *LINE, "--losstype", "mse")
+    assert "--sigma has no effect without --defence" in refused(legitimate, *LINE, "--sigma", "1")
+    assert "--sigma -1.0 is not 0 or more" in refused(legitimate, *LINE, "--defence", "noise", "--sigma", "-1")
+    assert "unknown defence 'magic'" in refused(legitimate, *LINE, "--defence", "magic")
+    assert "--top-k 300 is more than the 256" in refused(legitimate, *LINE, "--defence", "topk", "--top-k", "300")
+
+
+def test_what_is_refused_leaves_nothing(refused, trained, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    refused(legitimate, *LINE, "--defence", "truncate", "--dimensions", "257")
+    assert sorted(tmp_path.rglob("*")) == before
