@@ -109,6 +109,8 @@ def main() -> None:
         if not encoder.has_head:
             raise UserError(f"{path} has no projection head: leave out --victimhead")
         args.out_dim = encoder.out_dim
+        if not {"truncate", "transform"}.isdisjoint((args.defence or "").split(",")):
+            raise UserError(f"under --defence {args.defence} nobody can tell projections apart: leave out --victimhead")
     images_of_head = args.head_queries // args.n_views
     queries = runs.queries_of(args, args.num_queries // args.n_views)
     service = Service(encoder.to(precision.device), "both" if args.victimhead else "representations")
@@ -134,7 +136,7 @@ def main() -> None:
         }
         head = recreate_head(args, answers, images_of_head, common, Run(run.folder / "head"))
         run.say(f"head: {run.folder / 'head' / 'checkpoint.pth.tar'}")
-        h = answers[:, : encoder.dim]
+        h = answers[:, : answers.shape[1] - args.out_dim] if args.victimhead else answers
         return torch.cat([head(part) for part in h.split(4096)])
 
     trainer = SimCLR(model, loss, training, run, precision, config, extra, args.resume, args.clear, companion)

@@ -10,6 +10,8 @@ from torch import Tensor
 from defenses.base import Defence, Query, setting
 from utils import generator
 
+LARGEST = 1e6  # standard deviation: far beyond beta the formula leaves what a number can hold
+
 
 class Coverage:
     """Which buckets of a hash by random hyperplanes an account's representations (B, D) have fallen into."""
@@ -69,7 +71,7 @@ class Buckets(Defence):
     def sigma(self, coverage: Tensor) -> Tensor:
         """Standard deviation of the noise at a coverage in percent."""
         growth = math.log(self.bucket_alpha / self.bucket_lambda) / self.bucket_beta
-        return self.bucket_lambda * torch.expm1(growth * coverage)
+        return (self.bucket_lambda * torch.expm1(growth * coverage)).clamp_max(LARGEST)
 
     def __call__(self, answers: Tensor, query: Query) -> Tensor:
         h = query.representations

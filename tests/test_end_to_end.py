@@ -13,6 +13,7 @@ import stealhead
 import steallabels
 from attacks import ATTACKS
 from data_aug.datasets import DATASETS
+from defenses import DEFENCES
 from loss import HEAD_LOSSES, LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import load_encoder, read_checkpoint
 
@@ -109,6 +110,29 @@ def test_every_attack_steals_with_the_queries_of_its_description(attack, victim,
     assert checkpoint["query_set"]["images"] == images
     row = judged("--attack", attack, *VICTIM[:2], *COPY, *budget, "--arch", ARCH)
     assert (row["attack"], row["queries"], row["checkpoint"]) == (attack, images * SENT[attack], path)
+
+
+@pytest.mark.parametrize("losstype", ["mse", "infonce"])
+@pytest.mark.parametrize("defence", DEFENCES)
+def test_every_defence_is_met_by_attack_and_evaluation(defence, losstype, victim, done, judged):
+    out = done(steal, *STEAL, *victim, "--archstolen", ARCH, "--losstype", losstype, "--defence", defence)
+    _, checkpoint = stolen(out)
+    assert checkpoint["settings"]["defence"] == defence
+    assert checkpoint["ledger"]["default"]["queries"] == 24
+    names = ("--defence", defence, "--losstype", losstype)
+    row = judged(*VICTIM[:2], *COPY, "--arch", ARCH, *names)
+    assert (row["defence"], row["losstype"], row["queries"]) == (defence, losstype, 24)
+    assert {name for name in row if name.startswith(f"{defence}_")} == checkpoint["met"].keys()
+
+
+@pytest.mark.parametrize(("losstype", "chosen"), [("mse", "noise"), ("infonce", "poisoning"), ("softnn", "poisoning")])
+def test_defence_true_is_that_of_the_2022_code(losstype, chosen, victim, done, judged):
+    out = done(
+        steal, *STEAL, *victim, "--archstolen", ARCH, "--losstype", losstype, "--defence", "True", "--n-views", "2"
+    )
+    _, checkpoint = stolen(out)
+    assert checkpoint["settings"]["defence"] == chosen
+    assert ("poisoning f1 " in out) == ("poisoning auc " in out) == (chosen == "poisoning")
 
 
 @pytest.mark.parametrize("losshead", HEAD_LOSSES)

@@ -36,7 +36,7 @@ FOUND_BY = {"dataset": "svhn", "epochstrain": "2", "lossvictim": "softnn", "vict
 QUERIES = {"num_queries": "16", "query_order": "random", "datasetsteal": "mnist"}
 FORCE = (("--datasetsteal", "cifar10"), "True")
 
-NOISE, POISONING = ("--defence", "noise"), ("--defence", "poisoning")
+NOISE, POISONING, DETECTION = (("--defence", name) for name in ("noise", "poisoning", "detection"))
 BUCKETS = ("--defence", "buckets", "--bucket-bits", "3", "--bucket-alpha", "10", "--bucket-beta", "20")
 DEFENDED = {
     "defence": "noise",
@@ -51,6 +51,8 @@ DEFENDED = {
     "top_k": (("--defence", "topk"), "8"),
     "dimensions": (("--defence", "truncate"), "8"),
     "transform": (("--defence", "transform"), "binary"),
+    "detection_bits": (DETECTION, "3"),
+    "detection_memory": (DETECTION, "1"),
     "bucket_bits": (BUCKETS, "2"),
     "bucket_lambda": (BUCKETS, "0.01"),
     "bucket_alpha": (BUCKETS, "5"),
@@ -255,7 +257,8 @@ def outcome(call, trained, tmp_path):
             scores = None
         written = next(line for line in reversed(out.splitlines()) if line.startswith(("copy: ", "victim: ", "row: ")))
         path = written.split(": ")[1].split(" and ")[0].replace("metrics.jsonl", "checkpoint.pth.tar")
-        return read_checkpoint(path)["state_dict"], scores
+        checkpoint = read_checkpoint(path)
+        return checkpoint["state_dict"], scores or checkpoint.get("met")
 
     return of
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_aug.augment import random_views
+from defenses import build_defences
 from loss import STEAL_LOSSES, TRAIN_LOSSES, nt_xent
 from models import SimSiamHeads, build_copy, build_encoder, load_encoder, read_checkpoint
 from simclr import SimCLR, Training, learning_rate
@@ -353,3 +354,42 @@ def test_bf16_trains(losstype, tmp_path, images):
     job.train(images[:4], torch.tensor([0, 1, 0, 1]))
     assert weights(tmp_path)["backbone.conv1.weight"].dtype == torch.float32
     assert math.isfinite(Run(tmp_path).records()[0]["loss"])
+
+
+def test_defended_answers_are_computed_once_and_are_what_the_copy_learns(tmp_path, images, encoder):
+    """Whatever the epochs: the copy of a victim that answers 2 to everything ends near 2."""
+    for epochs in (1, 30):
+        victim = Victim(encoder, budget=12, defences=[Applied(lambda answers: 2 * torch.ones_like(answers))])
+        job = trainer(tmp_path / str(epochs), losstype="mse", epochs=epochs, lr=2e-2, flat_epochs=30)
+        job.steal(images, victim)
+        assert victim.defences[0].seen == victim.ledger.queries == 12
+    with torch.no_grad():
+        assert job.model.train()(images / 255).mean().item() == pytest.approx(2, abs=0.5)
+
+
+def test_what_a_defence_remembers_of_released_epochs_is_not_made_up(tmp_path, images, encoder):
+    def victim():
+        return Victim(encoder, defences=build_defences(["buckets"], {}))
+
+    trainer(tmp_path, recipe="released", epochs=1).steal(images, victim())
+    with pytest.raises(UserError, match="drop --resume"):
+        trainer(tmp_path, recipe="released", epochs=2, resume=True).steal(images, victim())
+
+
+def test_a_killed_attack_on_a_defence_with_a_memory_ends_as_the_whole_one(tmp_path, images, encoder):
+    """Poisoning remembers what was asked before the kill: its report and the copy are those of one run."""
+    sent = images[[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]
+    values = {"losstype": "mse", "epochs": 2}
+
+    def victim():
+        return Victim(encoder, budget=12, defences=build_defences(["poisoning"], {"poison_threshold": 0.99999}))
+
+    whole = trainer(tmp_path / "whole", **values)
+    whole.steal(sent, victim())
+    job = kill_in_epoch(trainer(tmp_path / "cut", **values), epoch=1)
+    with pytest.raises(Killed):
+        job.steal(sent, victim())
+    resumed = trainer(tmp_path / "cut", resume=True, **values)
+    resumed.steal(sent, victim())
+    assert 0 < whole.extra["met"]["poisoning_poisoned"] == resumed.extra["met"]["poisoning_poisoned"]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))

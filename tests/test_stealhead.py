@@ -102,3 +102,16 @@ def test_a_supervised_victim_is_an_encoder_like_others(stolen):
     assert copy["settings"]["lossvictim"] == "supervised"
     _, _, head = stolen("--lossvictim", "supervised", *TRUE_HEAD, *VARIED)
     assert head["state_dict"]["2.weight"].shape == (10, 256)  # its projections are its logits
+
+
+@pytest.mark.parametrize(
+    ("defence", "width"), [("truncate", 128), ("transform", 256), ("transform --transform pad-shuffle", 320)]
+)
+def test_the_head_is_as_wide_as_a_defended_answer(defence, width, stolen):
+    _, copy, head = stolen("--defence", *defence.split())
+    assert head["state_dict"]["0.weight"].shape == (width, width)
+    assert copy["settings"]["defence"] == defence.split()[0]
+
+
+def test_true_projections_that_a_defence_mixes_are_refused(refused, trained):
+    assert "leave out --victimhead" in refused(stealhead, *STEAL, *TRUE_HEAD, "--defence", "noise,transform")

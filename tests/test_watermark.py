@@ -6,13 +6,16 @@ import pytest
 import torch
 from torchvision.transforms.functional import rotate as slow_rotate
 
+import linear_eval
 import run
+import steal
 from data_aug.augment import rotate
 from data_aug.shapes import make_shapes
 from defenses.watermark import WatermarkMLP, half_turns, read_watermark, watermark_scores
 from loss import TRAIN_LOSSES
 from models import build_encoder, read_checkpoint
 from simclr import SimCLR, Training
+from tests.conftest import JUDGE, SMALL, STEAL, VICTIM
 from utils import Precision, Run, UserError, generator, seeded
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -187,3 +190,25 @@ def test_scores_are_of_the_same_turned_images_for_every_encoder(images, encoder)
     assert right.dtype == torch.bool
     with pytest.raises(UserError, match="reads representations of 7 numbers, this encoder gives 256"):
         watermark_scores(encoder, WatermarkMLP(7), images, FP32)
+
+
+def test_a_watermarked_victim_is_stolen_and_its_copy_read(call, refused, trained, tmp_path):
+    """--watermark names the victim, and the MLP is tried on the copy; with no such victim, or no MLP, it is refused."""
+    assert "watermark True" in refused(steal, *STEAL, "--watermark", "True")
+    plain = next(tmp_path.rglob("victim-cifar10-*infonce*seed0*/checkpoint.pth.tar"))
+    assert "holds no watermark's MLP" in refused(steal, *STEAL, "--watermark", "True", "--victim", plain)
+    train = ("--dataset", "cifar10", "--epochs", "1", "-b", "32", *SMALL)
+    assert call(run, *train, "--watermark", "True")[0] == 0
+    code, out, err = call(steal, *STEAL, "--watermark", "True", "--defence", "noise")
+    assert code == 0, err
+    assert "watermark=True/checkpoint" in out.splitlines()[0]
+    assert "Watermark accuracy is" in out.splitlines()[-2]
+    # Without the flag it is the plain victim that is stolen.
+    code, out, err = call(steal, *STEAL)
+    assert code == 0, err
+    assert "watermark=True" not in out
+    judged = call(
+        linear_eval, *JUDGE, *VICTIM, "--modeltype", "victim", "--watermark", "True", "--dataset-test", "mnist"
+    )
+    assert judged[0] == 0
+    assert "watermark=True" in judged[1]
