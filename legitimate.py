@@ -16,6 +16,7 @@ import runs
 from data_aug.datasets import load_labelled, load_queries
 from defenses import Defence
 from evaluation import load_test
+from loss import STEAL_LOSSES
 from models import SimCLREncoder
 from probes import Labelled, logistic_regression, mlp_probe
 from utils import Precision, Run, UserError, script
@@ -34,7 +35,10 @@ def parse() -> tuple[options.Parser, Namespace]:
     options.add_victim_options(parser, "-a", "--arch", "--archvic")
     options.add_defence_options(parser)
     parser.add_argument(
-        "--losstype", default="infonce", help="--defence True means what it does against an attack by this loss"
+        "--losstype",
+        choices=list(STEAL_LOSSES),
+        default="infonce",
+        help="--defence True means what it does against an attack by this loss",
     )
     parser.add_argument(
         "--num_queries", metavar="N", type=options.count, default=9000, help="labelled images that the user trains on"

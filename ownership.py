@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_aug.datasets import load_dataset, take_balanced, unlabelled_split
 from defenses.dataset_inference import halves, log_likelihoods
-from defenses.watermark import read_watermark, watermark_scores
+from defenses.watermark import check_width, read_watermark, watermark_scores
 from evaluation import load_test, represent
 from loss import TRAIN_LOSSES
 from models import SimCLREncoder
@@ -80,11 +80,7 @@ def watermark(args: Namespace, encoders: Sequence[Judged], precision: Precision)
     victim = encoders[0]
     mlp = read_watermark(victim.checkpoint, str(victim.path))
     for one in encoders:
-        if one.encoder.dim != mlp.input.in_features:
-            raise UserError(
-                f"{one.path} gives representations of {one.encoder.dim} numbers, the victim's watermark reads "
-                f"{mlp.input.in_features}: only an encoder of that width can be verified by it"
-            )
+        check_width(mlp, one.encoder, str(one.path))
     images = unseen_images(args, dataset_of(args, victim), encoders)
 
     def measure(one: Judged) -> Measured:

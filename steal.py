@@ -9,7 +9,7 @@ from argparse import _ArgumentGroup as ArgumentGroup
 import options
 import runs
 from attacks import ATTACKS
-from defenses.watermark import read_watermark, watermark_scores
+from defenses.watermark import check_width, read_watermark, watermark_scores
 from evaluation import load_test
 from loss import STEAL_LOSSES, Loss
 from models import SimSiamHeads, build_copy, read_checkpoint
@@ -155,6 +155,8 @@ def main() -> None:
     with seeded(args.seed):
         model = build_copy(args.archstolen, victim.dim, encoder.normalize, args.stolenhead)
         companion = SimSiamHeads(victim.dim, args.out_dim) if loss.predictor else None
+    if mlp is not None:
+        check_width(mlp, model)
 
     core = ("datasetsteal", "archstolen", "losstype")
     run, config, extra = runs.open_copy(parser, args, core, (path, encoder), queries, precision)

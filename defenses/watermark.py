@@ -59,6 +59,15 @@ def read_watermark(checkpoint: Mapping, source: str) -> WatermarkMLP:
     return mlp.eval()
 
 
+def check_width(mlp: WatermarkMLP, encoder: SimCLREncoder, name: str = "this encoder") -> None:
+    """UserError when the MLP reads representations of another width than the encoder's."""
+    if mlp.input.in_features != encoder.dim:
+        raise UserError(
+            f"{name} gives representations of {encoder.dim} numbers, the victim's watermark reads "
+            f"{mlp.input.in_features}: only an encoder of that width can be verified by it"
+        )
+
+
 @torch.no_grad()
 def watermark_scores(
     encoder: SimCLREncoder, mlp: WatermarkMLP, images: Tensor, precision: Precision, seed: int = 0
@@ -69,11 +78,7 @@ def watermark_scores(
     all first halves first. The same seed turns the images by the same angles, whatever the encoder.
     UserError when the MLP is for another width.
     """
-    if mlp.input.in_features != encoder.dim:
-        raise UserError(
-            f"the watermark reads representations of {mlp.input.in_features} numbers, this encoder gives "
-            f"{encoder.dim}: verify an encoder of the victim's width"
-        )
+    check_width(mlp, encoder)
     encoder, mlp = encoder.to(precision.device).eval(), mlp.to(precision.device)
     draws = generator(seed, "watermark test")
     given = []

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import legitimate
 import linear_eval
 import run
 import steal
@@ -156,3 +157,57 @@ def test_linear_evaluation_knows_an_attack_by_its_defaults(parse):
     assert parse(linear_eval, "--head").attack == "stealhead"
     assert (parse(linear_eval).losstype, parse(linear_eval).arch) == ("infonce", "resnet34")
     assert parse(linear_eval, "--modeltype victim --losstype softnn").arch == "resnet34"
+
+
+# ---- defences ----
+
+
+@pytest.mark.parametrize("module", [steal, stealhead, legitimate])
+def test_defences_are_true_false_or_a_list(parse, module):
+    assert parse(module).defence is None
+    assert parse(module, "--defence False").defence is None
+    assert parse(module, "--defence noise").defence == "noise"
+    assert parse(module, "--defence buckets,transform,rounding").defence == "buckets,transform,rounding"
+    assert parse(module, "--entropy True").defence == "entropy"
+    assert parse(module, "--defence noise --entropy").defence == "noise,entropy"
+    assert parse(module, "--defence entropy,noise --entropy").defence == "entropy,noise"
+
+
+def test_defence_true_follows_the_loss_as_in_2022(parse):
+    for losstype in STEAL_LOSSES:
+        expected = "poisoning" if losstype in ("infonce", "softnn", "contsteal", "rda") else "noise"
+        assert parse(steal, f"--defence True --losstype {losstype}").defence == expected
+        assert parse(legitimate, f"--defence --losstype {losstype}").defence == expected
+    assert parse(stealhead, "--defence True --losshead mse").defence == "noise"
+    assert parse(stealhead, "--defence True --losshead infonce").defence == "poisoning"
+
+
+def test_the_settings_of_defences_have_the_2022_defaults_and_the_papers(parse):
+    args = parse(steal, "--defence noise,poisoning,buckets")
+    assert (args.mu, args.sigma, args.poison_threshold, args.poison_memory) == (5.0, 0.5, 0.8, 10000)
+    assert (args.bucket_lambda, args.bucket_alpha, args.bucket_beta) == (1e-6, 0.8, 80.0)
+
+
+@pytest.mark.parametrize("text", ["foo", "noise,foo", "noise,,topk", "noise,noise", ""])
+def test_defences_that_do_not_exist_are_refused(parse, capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        parse(steal, f"--defence={text}")
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "--defence" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        ("--sigma 1", "--sigma"),
+        ("--defence rounding --sigma 1", "--sigma"),
+        ("--defence noise --poison-memory 3", "--poison-memory"),
+        ("--secret 1", "--secret"),
+        ("--defence True --losstype mse --poison-threshold 0.9", "--poison-threshold"),
+    ],
+)
+def test_settings_of_a_defence_that_is_not_in_force_are_refused(parse, line, flag):
+    with pytest.raises(UserError, match=f"{flag} has no effect with"):
+        parse(steal, line)

@@ -188,7 +188,7 @@ def test_scores_are_of_the_same_turned_images_for_every_encoder(images, encoder)
         expected.append(odds[torch.arange(len(half)), half].view(2, -1))
     torch.testing.assert_close(probability, torch.cat(expected, dim=1).flatten(), rtol=1e-3, atol=1e-4)
     assert right.dtype == torch.bool
-    with pytest.raises(UserError, match="reads representations of 7 numbers, this encoder gives 256"):
+    with pytest.raises(UserError, match="gives representations of 256 numbers, the victim's watermark reads 7:"):
         watermark_scores(encoder, WatermarkMLP(7), images, FP32)
 
 
@@ -203,6 +203,8 @@ def test_a_watermarked_victim_is_stolen_and_its_copy_read(call, refused, trained
     assert code == 0, err
     assert "watermark=True/checkpoint" in out.splitlines()[0]
     assert "Watermark accuracy is" in out.splitlines()[-2]
+    other = refused(steal, *STEAL, "--watermark", "True", "--archstolen", "resnet18")
+    assert "this encoder gives representations of 512 numbers, the victim's watermark reads 256" in other
     # Without the flag it is the plain victim that is stolen.
     code, out, err = call(steal, *STEAL)
     assert code == 0, err
