@@ -19,7 +19,8 @@ from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, build_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from probes import Labelled, classes_of, knn_accuracy, mlp_probe, top1_top5
-from simclr import SimCLR, Training
+from simclr import SimCLR
+from training import Training
 from utils import Precision, Run, UserError, save_checkpoint, script, seeded
 from victim import version_of
 

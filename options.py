@@ -11,7 +11,7 @@ from data_aug.datasets import DATASETS, check_name
 from defenses import DEFENCES, Defence, build_defences, parse_defences, settings_of
 from loss import DISTANCES, TRAIN_LOSSES, Loss
 from models import ARCHITECTURES
-from simclr import Training
+from training import Training
 from utils import Precision, UserError, choose_device
 
 

@@ -13,7 +13,8 @@ from defenses.watermark import check_width, read_watermark, watermark_scores
 from evaluation import load_test
 from loss import STEAL_LOSSES, Loss
 from models import SimSiamHeads, build_copy, read_checkpoint
-from simclr import SimCLR, check_plan
+from simclr import SimCLR
+from training import check_plan
 from utils import UserError, script, seeded
 from victim import Service, Victim
 
@@ -104,8 +105,8 @@ def refuse(parser: options.Parser, args: Namespace, loss: Loss) -> None:
         raise UserError(
             "--max-coverage chooses plain images for one account: leave out --n-views, --queryaug, --sybils"
         )
-    if args.max_coverage is not None and args.recipe == "released":
-        raise UserError("--max-coverage chooses its images once: leave out --recipe released")
+    if args.recipe == "released" and (args.max_coverage is not None or args.restore):
+        raise UserError("--max-coverage and --restore take all answers together: leave out --recipe released")
     options.refuse_idle(
         parser,
         args,

@@ -16,7 +16,8 @@ import options
 import runs
 from loss import HEAD_LOSSES, STEAL_LOSSES
 from models import SimSiamHeads, build_copy, projection_head
-from simclr import SimCLR, check_plan
+from simclr import SimCLR
+from training import check_plan
 from utils import Run, UserError, script, seeded
 from victim import Service, Victim
 

@@ -21,7 +21,8 @@ from data_aug.datasets import load_dataset
 from loss import TRAIN_LOSSES, nt_xent
 from models import build_encoder
 from options import Parser
-from simclr import SimCLR, Training
+from simclr import SimCLR
+from training import Training
 from utils import Precision, Run, choose_device
 
 

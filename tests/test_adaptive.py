@@ -242,6 +242,16 @@ def test_the_budget_covers_every_asking(flags, images, queries, call, trained):
     assert len(checkpoint["query_digests"]) == images
 
 
+def test_images_whose_answers_were_thrown_away_were_queried_all_the_same(call, trained):
+    """They are in the copy's record, which an evaluation keeps its test images apart from."""
+    line = ("--losstype", "mse", "-b", "1", "--restore", "--defence", "poisoning")
+    code, out, err = call(steal, *STEAL, *line)
+    assert code == 0, err
+    assert "23 of 24 answers were replaced, 23 images lost" in out  # to this victim all images are alike
+    checkpoint = copy_of(out)
+    assert checkpoint["query_set"]["images"] == len(checkpoint["query_digests"]) == 24
+
+
 def test_an_attack_that_chooses_is_resumed_with_the_same_choice(call, trained, tmp_path):
     """Its features are those of the untrained copy, whatever the copy has become."""
     line = (*STEAL, "-b", "4", "--max-coverage", "50", "--defence", "buckets", "--epochs", "2")
@@ -258,7 +268,8 @@ def test_what_cannot_be_asked_is_refused(refused, trained):
     assert "--shared 1 is too few" in refused(steal, *STEAL, "--sybils", "2", "--shared", "1")
     assert "60 shared queries" in refused(steal, *STEAL, "--sybils", "4", "--shared", "20")
     assert "--max-coverage chooses" in refused(steal, *STEAL, "--max-coverage", "5", "--n-views", "2")
-    assert "--max-coverage chooses" in refused(steal, *STEAL, "--max-coverage", "5", "--recipe", "released")
+    for flag in (("--max-coverage", "5"), ("--restore",)):
+        assert "take all answers together" in refused(steal, *STEAL, *flag, "--recipe", "released")
     assert "--shared has no effect without --sybils" in refused(steal, *STEAL, "--shared", "20")
 
 

@@ -8,7 +8,8 @@ import torch
 from attacks import ATTACKS, Answered, Plan, choose_queries, queries_of
 from loss import STEAL_LOSSES
 from models import build_copy, read_checkpoint
-from simclr import SimCLR, Training
+from simclr import SimCLR
+from training import Training
 from utils import Precision, Run, UserError, generator, seeded
 from victim import Victim, image_digests
 

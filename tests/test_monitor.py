@@ -10,8 +10,9 @@ from tqdm import tqdm
 from loss import HEAD_LOSSES, STEAL_LOSSES
 from models import build_encoder, projection_head
 from monitor import Watch, spread_of
-from simclr import SimCLR, Training
+from simclr import SimCLR
 from tests.conftest import Applied
+from training import Training
 from utils import Precision, Run, UserError, seeded
 from victim import Victim
 

@@ -11,8 +11,9 @@ from data_aug.augment import random_views
 from defenses import build_defences
 from loss import STEAL_LOSSES, TRAIN_LOSSES, nt_xent
 from models import SimSiamHeads, build_copy, build_encoder, load_encoder, read_checkpoint
-from simclr import SimCLR, Training, learning_rate
+from simclr import SimCLR
 from tests.conftest import Applied
+from training import Training, learning_rate
 from utils import Precision, Run, UserError, generator, seeded
 from victim import Victim
 

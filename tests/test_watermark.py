@@ -14,8 +14,9 @@ from data_aug.shapes import make_shapes
 from defenses.watermark import WatermarkMLP, half_turns, read_watermark, watermark_scores
 from loss import TRAIN_LOSSES
 from models import build_encoder, read_checkpoint
-from simclr import SimCLR, Training
+from simclr import SimCLR
 from tests.conftest import JUDGE, SMALL, STEAL, VICTIM
+from training import Training
 from utils import Precision, Run, UserError, generator, seeded
 
 FP32 = Precision("fp32", torch.device("cpu"))
