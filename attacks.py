@@ -105,22 +105,24 @@ def choose_queries(
     dataset: str,
     victim_dataset: str,
     root: Path,
-    count: int | None,
+    count: int,
     order: str = "first",
     seed: int = 0,
     force: bool = False,
+    choice: bool = False,
 ) -> QuerySet:
     """So many images to query: the `first`, or `random` ones drawn by the seed. UserError when there are not as many.
 
-    None takes all of them. The split is that of `data_aug.datasets.load_queries`.
+    An attacker with a `choice` gets all images that there are, if there are as many. The split is that of
+    `data_aug.datasets.load_queries`.
     """
     images, labels, split = load_queries(dataset, victim_dataset, root, force)
-    count = len(images) if count is None else count
     if count > len(images):
         raise UserError(
             f"this budget takes {count} images, the {split} split of {dataset} has {len(images)} to query: "
             f"lower --num_queries"
         )
+    count = len(images) if choice else count
     indices = torch.arange(count)
     if order == "random":
         indices = torch.randperm(len(images), generator=generator(seed, "query order"))[:count]

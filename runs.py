@@ -142,8 +142,9 @@ def open_victim(args: argparse.Namespace) -> tuple[Path, SimCLREncoder]:
 
 def queries_of(args: argparse.Namespace, count: int) -> QuerySet:
     """So many images of those that the flags name; all of them for an attacker who chooses among them."""
-    chosen = None if getattr(args, "max_coverage", None) is not None else count
-    return choose_queries(args.datasetsteal, args.dataset, args.data, chosen, args.query_order, args.seed, args.force)
+    choice = getattr(args, "max_coverage", None) is not None
+    order = args.query_order, args.seed, args.force
+    return choose_queries(args.datasetsteal, args.dataset, args.data, count, *order, choice)
 
 
 def open_copy(

@@ -270,6 +270,9 @@ def test_what_cannot_be_asked_is_refused(refused, trained):
     assert "--max-coverage chooses" in refused(steal, *STEAL, "--max-coverage", "5", "--n-views", "2")
     for flag in (("--max-coverage", "5"), ("--restore",)):
         assert "take all answers together" in refused(steal, *STEAL, *flag, "--recipe", "released")
+    assert "takes 60 images, the train split of svhn has 48" in refused(
+        steal, *STEAL, "--max-coverage", "5", "--num_queries", "60"
+    )
     assert "--shared has no effect without --sybils" in refused(steal, *STEAL, "--shared", "20")
 
 
