@@ -6,6 +6,7 @@ Runs the project's own scripts, `--jobs` of them side by side, and keeps what ea
 results/<name>/done.jsonl: started again, it goes on where it stopped. Delete the folder to start anew.
 """
 
+import itertools
 import json
 import os
 import re
@@ -181,18 +182,8 @@ def run_all(experiment: Experiment, runner: Runner, jobs: int) -> list[dict]:
 
 def table(rows: Sequence[Mapping]) -> str:
     """A Markdown table: a line for each defence, strength and attack; accuracies are means over the seeds."""
-    head = (
-        "defence",
-        "attack",
-        "copy",
-        "copy, kNN",
-        "user",
-        "queries (distinct)",
-        "detection AUC",
-        "watermark",
-        "p (t)",
-        "p (binomial)",
-    )
+    head = ["defence", "attack", "copy", "copy, kNN", "user", "queries (distinct)", "detection AUC", "watermark"]
+    head += ["p (binomial)", "p (t)", "p (encoders)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key in dict.fromkeys((row["point"], row["attack"].name) for row in rows):
         same = [row for row in rows if (row["point"], row["attack"].name) == key]
@@ -212,7 +203,7 @@ def _cells(rows: Sequence[Mapping]) -> list[str]:
         f"{first['copy']['queries']:,} ({first['copy']['distinct']:,})",
         "" if detected is None else f"{detected:.2f}",
         _mean([row["accuracy"] for row in verified]) if verified else "",
-        *(_worst(verified, name) for name in ("p_t", "p_binomial")),
+        *(_worst(verified, name) for name in ("p_binomial", "p_t", "p_encoders")),
     ]
 
 
@@ -236,11 +227,14 @@ def picture(rows: Sequence[Mapping], path: Path) -> None:
     from matplotlib import pyplot
 
     attacks = list(dict.fromkeys(row["attack"].name for row in rows if not row["attack"].against))
+    defences = list(dict.fromkeys(row["point"].defence for row in rows))
+    colours = dict(zip(defences, itertools.cycle(pyplot.colormaps["tab20"].colors), strict=False))
     figure, axes = pyplot.subplots(1, len(attacks), figsize=(6 * len(attacks), 5), layout="constrained", squeeze=False)
     for axis, attack in zip(axes[0], attacks, strict=True):
-        for defence in dict.fromkeys(row["point"].defence for row in rows):
+        for defence in defences:
             points = _curve([row for row in rows if (row["attack"].name, row["point"].defence) == (attack, defence)])
-            axis.plot(*zip(*[point[:2] for point in points], strict=True), marker="o", markersize=4, label=defence)
+            style = {"marker": "o", "markersize": 4, "color": colours[defence], "label": defence}
+            axis.plot(*zip(*[point[:2] for point in points], strict=True), **style)
             for x, y, strength in points:
                 if strength is not None:
                     axis.annotate(f"{strength:g}", (x, y), fontsize=6, xytext=(2, 2), textcoords="offset points")

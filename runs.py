@@ -14,7 +14,7 @@ from models import SimCLREncoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from options import Parser, in_force
 from utils import Precision, Run, UserError, provenance
-from victim import version_of
+from victim import Ledger, version_of
 
 # Where a run happens, not what it computes: never part of its name.
 _ELSEWHERE = {"data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
@@ -170,11 +170,9 @@ def open_copy(
 
 def ledger_figures(checkpoint: Mapping) -> dict[str, int]:
     """What a row says of a copy's queries."""
-    ledger = checkpoint.get("ledger", {}).values()
-    return {
-        "queries": sum(account["queries"] for account in ledger),
-        "distinct": sum(len(account["images"]) // 16 for account in ledger),
-    }
+    ledger = Ledger()
+    ledger.load_state_dict(checkpoint.get("ledger", {}))
+    return {"queries": ledger.queries, "distinct": ledger.distinct}
 
 
 def add_row(run: Run, root: Path, row: Mapping, step: int) -> None:

@@ -109,10 +109,10 @@ def test_a_mean_has_an_interval_from_three_seeds_on():
 
 
 def test_detection_and_ownership_are_shown_where_they_are_known():
-    verified = {"accuracy": 61.23, "p_t": 0.0123, "p_binomial": 1e-9}
+    verified = {"accuracy": 61.23, "p_t": 0.0123, "p_binomial": 1e-9, "p_encoders": 0.04}
     line = table([row(40, 0, detection={"auc_s": 0.876}, verified=verified)]).splitlines()[-1]
-    assert line.endswith("| 0.88 | 61.2 | 0.012 | 1e-09 |")
-    assert table([row(40, 0)]).splitlines()[-1].endswith("|  |  |  |  |")
+    assert line.endswith("| 0.88 | 61.2 | 1e-09 | 0.012 | 0.04 |")
+    assert table([row(40, 0)]).splitlines()[-1].endswith("|  |  |  |  |  |")
 
 
 def test_a_curve_goes_through_the_strengths_in_their_order():

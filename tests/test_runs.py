@@ -95,11 +95,11 @@ def test_interrupted_runs_are_refused_and_files_of_2022_are_not(tmp_path):
         runs.check_finished({"epoch": 1, "settings": {"epochs": 2}}, tmp_path)
 
 
-def test_ledger_figures_sum_the_accounts():
-    digests = torch.zeros(32, dtype=torch.uint8)
+def test_ledger_figures_count_an_image_once_whichever_accounts_asked():
+    digests = torch.arange(48, dtype=torch.uint8)  # three images
     ledger = {
-        "a": {"queries": 5, "calls": 1, "images": digests},
-        "b": {"queries": 2, "calls": 1, "images": digests[:16]},
+        "a": {"queries": 5, "calls": 1, "images": digests[:32]},
+        "b": {"queries": 2, "calls": 1, "images": digests[16:]},
     }
     assert runs.ledger_figures({"ledger": ledger}) == {"queries": 7, "distinct": 3}
     assert runs.ledger_figures({}) == {"queries": 0, "distinct": 0}
