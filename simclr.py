@@ -282,7 +282,8 @@ class SimCLR:
             raise UserError(
                 f"{self.run.checkpoint} was stolen from other weights: the victim has changed, drop --resume"
             )
-        if self.resumed and self.training.recipe == "released" and any(one.remembers for one in victim.defences):
+        unfinished = 0 < self.first_epoch < self.training.epochs
+        if unfinished and self.training.recipe == "released" and any(one.remembers for one in victim.defences):
             raise UserError("what a defence remembers of earlier epochs is lost under --recipe released: drop --resume")
 
     def _loss_of(self, views: int, labels: Tensor | None = None) -> Callable[..., Tensor]:

@@ -375,6 +375,9 @@ def test_what_a_defence_remembers_of_released_epochs_is_not_made_up(tmp_path, im
     trainer(tmp_path, recipe="released", epochs=1).steal(images, victim())
     with pytest.raises(UserError, match="drop --resume"):
         trainer(tmp_path, recipe="released", epochs=2, resume=True).steal(images, victim())
+    finished = (tmp_path / "checkpoint.pth.tar").read_bytes()
+    trainer(tmp_path, recipe="released", epochs=1, resume=True).steal(images, victim())  # nothing is left to do
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == finished
 
 
 def test_a_killed_attack_on_a_defence_with_a_memory_ends_as_the_whole_one(tmp_path, images, encoder):
