@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 
@@ -39,7 +40,7 @@ def setting(default: object, text: str, choices: Sequence[str] | None = None) ->
 
 
 @dataclass
-class Defence:
+class Defence(ABC):
     """Changes answers before an account sees them. A subclass is a dataclass whose `setting` fields become flags.
 
     `secret` is the owner's: it seeds every draw, so that nobody else can repeat them. A defence whose answers depend on
@@ -51,9 +52,9 @@ class Defence:
     remembers = False
     needs_head = False
 
+    @abstractmethod
     def __call__(self, answers: Tensor, query: Query) -> Tensor:
         """Answers (B, E) to give instead of answers (B, D)."""
-        raise NotImplementedError
 
     def width(self, dim: int) -> int:
         """The width E that it makes of answers of `dim` numbers. UserError when it cannot work on these."""
