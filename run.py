@@ -8,7 +8,7 @@ from argparse import Namespace
 import options
 import runs
 from data_aug.datasets import channel_statistics, load_dataset, take_balanced, unlabelled_split
-from defenses.watermark import WatermarkMLP, watermark_scores
+from defenses.watermark import WatermarkMLP, watermark_line
 from loss import TRAIN_LOSSES
 from models import build_encoder
 from simclr import SimCLR
@@ -62,8 +62,7 @@ def main() -> None:
     SimCLR(model, loss, options.training(args), run, precision, *job).train(images, labels)
     if watermark:
         test, _ = load_dataset(args.dataset, args.data, "test")
-        right, _ = watermark_scores(model, watermark.eval(), test, precision, args.seed)
-        print(f"Watermark accuracy is {100 * right.float().mean():.2f}. ({len(test)} test images, each turned twice)")
+        print(watermark_line(model, watermark.eval(), test, precision, args.seed))
     print(f"victim: {run.checkpoint}")
 
 

@@ -9,7 +9,7 @@ from argparse import _ArgumentGroup as ArgumentGroup
 import options
 import runs
 from attacks import ATTACKS
-from defenses.watermark import check_width, read_watermark, watermark_scores
+from defenses.watermark import check_width, read_watermark, watermark_line
 from evaluation import load_test
 from loss import STEAL_LOSSES, Loss
 from models import SimSiamHeads, build_copy, read_checkpoint
@@ -167,8 +167,7 @@ def main() -> None:
     trainer.steal(queries.images, victim, queries.labels, budget=count)
     if mlp is not None:
         test, _, _ = load_test(args.dataset, args.data, trainer.extra)
-        right, _ = watermark_scores(model, mlp, test, precision, args.seed)
-        print(f"Watermark accuracy is {100 * right.float().mean():.2f}. ({len(test)} test images, each turned twice)")
+        print(watermark_line(model, mlp, test, precision, args.seed))
     print(f"copy: {run.checkpoint}")
 
 
