@@ -6,15 +6,21 @@ cost nothing. Its target is the answer to the same query or, where one answer st
 one query an image, or with `prototype`, the mean of the V answers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from data_aug.pictures import Views, stream
 from torch import Tensor
 
-from data_aug.augment import random_views
+from data_aug.augment import random_views, send
 from data_aug.datasets import load_queries, to_float
+from distributed import Part, share
 from utils import UserError, generator
 
 # Values of steal.py's flags where the command line gives none; a loss's own presets come after these.
@@ -159,15 +165,71 @@ class Answered:
             # One answer for each image from here on, whichever of its views is shown.
             self.answers = mean if self.plan.useaug else mean.repeat(self.plan.n_views, 1)
 
-    def batch(self, index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What the copy is shown, float (R * B, 3, H, W), and its targets (R * B, D) for the images at `index` (B,)."""
-        plan, count = self.plan, len(self.images)
+    def load(self, batches: Sequence[Tensor]) -> Iterable[Tensor]:
+        """What `batch` takes for each of the batches of indices (B,)."""
+        return batches
+
+    def batch(self, index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A step's data for the images at `index` (B,), a job's whole batch.
+
+        -> the index, what the copy is shown, float, this process's part of (R * B, 3, H, W), and the targets of all
+        rows (R * B, D).
+        """
+        count = len(self.images)
         rows = torch.cat([index + view * count for view in range(len(self.answers) // count)])
         targets = self.answers[rows]
-        if not plan.useaug:
-            return to_float(self.sent[rows]), targets
-        images = self.images[index]
-        shown = random_views(images.repeat(plan.copy_views, 1, 1, 1), images.shape[-1], draws)
-        if plan.plain_first:
-            shown = torch.cat([to_float(images), shown])
-        return shown, targets.repeat(len(shown) // len(targets), 1)
+        if not self.plan.useaug:
+            part = Part.of(len(index), self.plan.n_views, index.device)
+            return index, to_float(self.sent[rows[part.own]]), targets
+        own = self.images[index[share(len(index))]]
+        return index, *augmented(own, targets, len(index), self.plan, draws)
+
+
+def augmented(own: Tensor, targets: Tensor, count: int, plan: Plan, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random views of this process's uint8 images (b, 3, H, W) of a batch of `count`, and the targets of all rows."""
+    part = Part.of(count, plan.copy_views, own.device)
+    shown = random_views(own.repeat(plan.copy_views, 1, 1, 1), own.shape[-1], draws, part)
+    if plan.plain_first:
+        shown = torch.cat([to_float(own), shown])
+    return shown, targets.repeat(plan.views * count // len(targets), 1)
+
+
+@dataclass
+class Streamed:
+    """An attacker's images that are read when they are needed: one view of each of `pictures` at `positions` (N,)."""
+
+    views: "Views"
+    positions: Tensor
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def parts(self, parts: Sequence[slice | Tensor], device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """uint8 (B, 3, S, S) on the device for each of the parts of what there is."""
+        return stream(self.views, [self.positions[part] for part in parts], self.workers, torch.device(device))
+
+
+@dataclass
+class StreamedAnswers:
+    """As `Answered` for images that are streamed: one query each, whose answers (N, D) lie in a file."""
+
+    queries: Streamed
+    answers: np.ndarray
+    plan: Plan
+    index: Tensor
+    device: torch.device
+
+    def load(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `batch` takes for each of the batches of indices (B,): that, and this process's images of it."""
+        own = [batch.cpu()[share(len(batch))] for batch in batches]
+        return zip(batches, self.queries.parts(own, self.device), strict=True)
+
+    def batch(self, item: tuple[Tensor, Tensor], draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Answered.batch`."""
+        index, own = item
+        rows = self.answers[index.cpu().numpy()].astype(np.float32)
+        targets = send(torch.from_numpy(rows), self.device)
+        if not self.plan.useaug:
+            return index, to_float(own), targets
+        return index, *augmented(own, targets, len(index), self.plan, draws)

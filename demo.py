@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from data_aug.datasets import load_dataset
 from evaluation import represent
 from models import load_encoder
-from utils import UserError, atomic_path, script
+from stopping import script
+from utils import UserError, atomic_path
 
 HERE = Path(__file__).resolve().parent
 ARCH = "resnet10w32"

@@ -29,7 +29,8 @@ from evaluation import represent
 from models import SimCLREncoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from statistical_tests import roc
-from utils import Precision, Run, UserError, generator, script
+from stopping import script
+from utils import Precision, Run, UserError, generator
 
 ATTACKERS = {
     "plain": "random images, each asked once",

@@ -19,7 +19,8 @@ from evaluation import load_test
 from loss import STEAL_LOSSES
 from models import SimCLREncoder
 from probes import Labelled, logistic_regression, mlp_probe
-from utils import Precision, Run, UserError, script
+from stopping import script
+from utils import Precision, Run, UserError
 from victim import Purchases, Service, Victim, digest_tensor
 
 ACCOUNT = "user"

@@ -20,8 +20,9 @@ from models import SimCLREncoder, build_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from probes import Labelled, classes_of, knn_accuracy, mlp_probe, top1_top5
 from simclr import SimCLR
+from stopping import script
 from training import Training
-from utils import Precision, Run, UserError, save_checkpoint, script, seeded
+from utils import Precision, Run, UserError, save_checkpoint, seeded
 from victim import version_of
 
 LOSSES = list(dict.fromkeys([*STEAL_LOSSES, *TRAIN_LOSSES, *LABEL_LOSSES]))

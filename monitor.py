@@ -26,18 +26,25 @@ class Watch:
     """Looks at one epoch's losses and features without holding up the device; stops at what cannot go on.
 
     That is a loss that is not finite, at its step, and features that have collapsed, at the end of the epoch.
-    `matched` is the spread of what the features have to match, if anything.
+    `matched` is the spread of what the features have to match, if anything; `seen` what `so_far` gave when an epoch was
+    interrupted.
     """
 
     def __init__(
-        self, run: Run, epoch: int, steps: int, log_every: int, device: torch.device, matched: float = math.inf
+        self,
+        run: Run,
+        epoch: int,
+        steps: int,
+        log_every: int,
+        device: torch.device,
+        matched: float = math.inf,
+        seen: tuple[list[float], list[float]] = ((), ()),
     ):
         self.matched = matched
         self.run, self.epoch, self.steps, self.log_every = run, epoch, steps, log_every
         self.interval = 1 if device.type == "cpu" else STEPS_BETWEEN_LOOKS
         self.pending: list[Tensor] = []
-        self.losses: list[float] = []
-        self.spreads: list[float] = []
+        self.losses, self.spreads = map(list, seen)
         self.even = 0.0  # the spread of rows that are evenly spread
 
     def add(self, loss: Tensor, features: Tensor, lr: float, bar: tqdm) -> None:
@@ -63,11 +70,15 @@ class Watch:
         self.pending.clear()
         bar.set_postfix(loss=f"{self.losses[-1]:.4f}", spread=f"{self.spreads[-1]:.4f}", lr=f"{lr:.3g}")
 
-    def close(self, lr: float, bar: tqdm) -> tuple[float, float]:
-        """The epoch's mean loss, and mean spread: the features' standard deviation per dimension, rows of length 1."""
+    def so_far(self, lr: float, bar: tqdm) -> tuple[list[float], list[float]]:
+        """The losses and spreads of the epoch's steps until now."""
         if self.pending:
             self._look(lr, bar)
-        loss, spread = (sum(values) / len(values) for values in (self.losses, self.spreads))
+        return self.losses, self.spreads
+
+    def close(self, lr: float, bar: tqdm) -> tuple[float, float]:
+        """The epoch's mean loss, and mean spread: the features' standard deviation per dimension, rows of length 1."""
+        loss, spread = (sum(values) / len(values) for values in self.so_far(lr, bar))
         expected = min(self.even, self.matched)
         if spread < COLLAPSED * expected:
             raise UserError(

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+import distributed
 from data_aug.datasets import DATASETS, check_name
 from defenses import DEFENCES, Defence, build_defences, parse_defences, settings_of
 from loss import DISTANCES, TRAIN_LOSSES, Loss
 from models import ARCHITECTURES
+from stopping import first_by_launcher
 from training import Training
 from utils import Precision, UserError, choose_device
 
@@ -27,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n" if first_by_launcher() else None)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As always, and `given` is the set of settings that the command line has."""
@@ -96,14 +98,22 @@ def add_data_options(parser: Parser, **flags: str) -> None:
         )
 
 
-def add_run_options(parser: Parser, recipe: bool = True) -> None:
-    """Where and how a script runs; none of these changes what is computed."""
+def add_run_options(parser: Parser, recipe: bool = True, job: bool = False) -> None:
+    """Where and how a script runs; none of these changes what is computed. Some scripts run as one `job` of many."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--checkpoint-dir", metavar="DIR", type=Path, default=Path("checkpoints"), help="root of all runs"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--gpu-index", metavar="N", type=int, default=0, help="which CUDA device --device auto takes")
+    group.add_argument(
+        "--gpu",
+        "--gpu-index",
+        dest="gpu_index",
+        metavar="N",
+        type=int,
+        default=0,
+        help="which CUDA device --device auto takes",
+    )
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
@@ -117,6 +127,8 @@ def add_run_options(parser: Parser, recipe: bool = True) -> None:
     )
     add_switch(group, "--resume", False, "go on with the run of the same name, or do nothing if it is finished")
     add_switch(group, "--clear", True, "delete the log, metrics and events of an earlier run of the same name")
+    if job:
+        add_job_options(parser)
     if recipe:
         group.add_argument(
             "--recipe",
@@ -124,6 +136,28 @@ def add_run_options(parser: Parser, recipe: bool = True) -> None:
             default="standard",
             help="released: the schedule, re-asking and evaluation protocol of the 2022 code",
         )
+
+
+def add_job_options(parser: Parser) -> None:
+    """Several processes as one job, as the scripts of 2022 were told of them; torchrun and srun need none of these."""
+    group = parser.add_argument_group("several processes", "not needed under torchrun or srun")
+    group.add_argument(
+        "--world-size",
+        metavar="N",
+        type=int,
+        default=-1,
+        help="processes of the job, or machines with --multiprocessing-distributed",
+    )
+    group.add_argument("--rank", metavar="N", type=int, default=-1, help="which of these this is, from 0")
+    group.add_argument("--dist-url", metavar="URL", help="tcp://ADDRESS:PORT where the one of rank 0 listens")
+    group.add_argument(
+        "--dist-backend",
+        choices=["nccl", "gloo"],
+        help="what tensors go through (default: nccl between GPUs, gloo between CPUs)",
+    )
+    group.add_argument(
+        "--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this machine"
+    )
 
 
 def add_training_options(
@@ -137,8 +171,8 @@ def add_training_options(
     group.add_argument("-b", "--batch-size", metavar="N", type=count, help="images in a batch")
     group.add_argument("--lr", "--learning-rate", metavar="LR", type=positive, help="learning rate")
     group.add_argument("--wd", "--weight-decay", metavar="WD", type=float, dest="weight_decay", help="weight decay")
-    group.add_argument("--optimizer", choices=["adam", "sgd"], help="optimizer")
-    group.add_argument("--momentum", metavar="M", type=float, help="momentum of sgd (default: 0.9)")
+    group.add_argument("--optimizer", choices=["adam", "sgd", "lars"], help="optimizer")
+    group.add_argument("--momentum", metavar="M", type=float, help="momentum of sgd and lars (default: 0.9)")
     taken = {setting for loss in losses.values() for setting in loss.takes.values()}
     if "temperature" in taken:
         group.add_argument(
@@ -290,7 +324,7 @@ def idle_with(loss: Loss, args: argparse.Namespace) -> dict[str, str]:
     """Settings that only other losses or another optimizer than those chosen take, for `refuse_idle`."""
     optional = ("temperature", "temperaturesn", "lambda_aug", "distance")
     idle = {name: f"with the loss {args.losstype}" for name in optional if name not in loss.takes.values()}
-    return idle if args.optimizer == "sgd" else {**idle, "momentum": f"with --optimizer {args.optimizer}"}
+    return idle if args.optimizer != "adam" else {**idle, "momentum": f"with --optimizer {args.optimizer}"}
 
 
 def in_force(args: argparse.Namespace) -> str:
@@ -310,7 +344,11 @@ def training(args: argparse.Namespace) -> Training:
 
 
 def set_up(args: argparse.Namespace) -> Precision:
-    """Device and precision as asked for; sets the threads. UserError when they can't be had."""
+    """Device and precision as asked for; joins the other processes of a job; sets the threads.
+
+    UserError when they can't be had, or when a script that is one process was started as several.
+    """
+    place = distributed.set_up(args) if hasattr(args, "world_size") else distributed.refuse()
     if args.fp16_precision:
         if args.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16-precision and --precision {args.precision} contradict each other: give one")
@@ -319,8 +357,14 @@ def set_up(args: argparse.Namespace) -> Precision:
         raise UserError(f"--gpu-index has no effect with --device {args.device}: leave it out")
     if args.workers:
         torch.set_num_threads(args.workers)
+    if place and "gpu_index" in args.given:
+        raise UserError(f"--gpu-index has no effect with {place.processes} processes, each takes its own: leave it out")
+    if place and args.device == "auto" and torch.cuda.is_available():
+        # One GPU for each process of this machine; a scheduler may show each process its own only.
+        args.gpu_index = place.local_rank % torch.cuda.device_count()
     device = choose_device(args.device, args.gpu_index)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+        torch.cuda.set_device(device)
     return Precision.choose(args.precision, device)

@@ -24,7 +24,8 @@ from pathlib import Path
 import yaml
 
 from options import Parser, count
-from utils import UserError, atomic_path, script
+from stopping import script
+from utils import UserError, atomic_path
 
 HERE = Path(__file__).resolve().parent
 KEYS = {"about", "common", "victim", "independent", "steal", "judge", "user", "detect", "verify"}

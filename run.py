@@ -12,7 +12,8 @@ from defenses.watermark import WatermarkMLP, watermark_line
 from loss import TRAIN_LOSSES
 from models import build_encoder
 from simclr import SimCLR
-from utils import Run, script, seeded
+from stopping import script
+from utils import Run, seeded
 
 
 def parse() -> tuple[options.Parser, Namespace]:
@@ -27,7 +28,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     training.add_argument(
         "--n-views", metavar="N", type=options.count, help="random views of an image (default: 2, or 1)"
     )
-    options.add_run_options(parser)
+    options.add_run_options(parser, job=True)
     args = parser.parse_args()
     loss = TRAIN_LOSSES[args.losstype]
     options.fill(args, options.of_loss(loss), {"n_views": loss.min_views, "temperature": 0.07})

@@ -13,12 +13,13 @@ from attacks import QuerySet, choose_queries
 from models import SimCLREncoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from options import Parser, in_force
-from utils import Precision, Run, UserError, provenance
+from utils import Precision, Run, UserError, first_process, provenance
 from victim import Ledger, version_of
 
 # Where a run happens, not what it computes: never part of its name.
 _ELSEWHERE = {"data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
 _ELSEWHERE |= {"fp16_precision", "log_every_n_steps", "victim", "stolen", "independent"}
+_ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"}
 _BOOKKEEPING = {"given", "presets"}
 _SPELT = {"num_queries": "{}q", "epochs": "{}ep", "seed": "seed{}"}
 
@@ -179,9 +180,10 @@ def add_row(run: Run, root: Path, row: Mapping, step: int) -> None:
     """Show a row, and append it to the run's metrics and to the results.jsonl below `root`."""
     run.record(step, {"row": row})
     run.say(as_row(row))
-    # One append of one line: evaluations that run side by side don't mix theirs.
-    with (root / "results.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    if first_process():
+        # One append of one line: evaluations that run side by side don't mix theirs.
+        with (root / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
     run.say(f"row: {run.metrics} and {root / 'results.jsonl'}")
 
 

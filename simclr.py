@@ -1,70 +1,36 @@
-"""The trainer: one loop, for an encoder trained from its own views and for a copy trained from a victim's answers."""
+"""The trainer: an encoder trained from its own views, a head, or a copy trained from a victim's answers."""
 
 import copy
 import functools
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from adaptive import Bought, buy
-from attacks import Answered, Plan
+from attacks import Answered, Plan, Streamed, StreamedAnswers
 from data_aug.augment import crop_and_flip, random_views
-from defenses.watermark import WatermarkMLP, half_turns
+from defenses.watermark import half_turns
+from distributed import Part, barrier
 from evaluation import represent
-from loss import Loss
-from models import SimSiamHeads, read_checkpoint
-from models.checkpoint import load_checked
-from monitor import Watch, spread_of
-from training import Training, check_plan, learning_rate
-from utils import Precision, Run, UserError, generator, save_checkpoint
-from victim import Purchases, Victim, digest_tensor
-
-# The loss of the images at `index` (B,), random views drawn from the generator, and the features (R, D) it is of.
-BatchLoss = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
+from loop import BatchLoss, Draws, Loop
+from monitor import spread_of
+from training import check_plan
+from utils import UserError, generator
+from victim import Purchases, Victim, as_tensor, digest_tensor
 
 
-class SimCLR:
-    """Trains `model`, in place, by `train`, `train_head` or `steal` and a loss, inside the folder of `run`.
+class SimCLR(Loop):
+    """Trains `model`, in place, by `train`, `train_head` or `steal`; see `loop.Loop` for what it is made of."""
 
-    `config` is what config.yml says, `extra` what every checkpoint holds besides weights and optimizer. `companion` is
-    what is trained with the model: a copy's heads for SimSiam's loss, or a victim's watermark. With `resume` a run that
-    was killed goes on from its last finished epoch, and draws what it would have drawn.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        training: Training,
-        run: Run,
-        precision: Precision,
-        config: Mapping | None = None,
-        extra: Mapping | None = None,
-        resume: bool = False,
-        clear: bool = True,
-        companion: SimSiamHeads | WatermarkMLP | None = None,
-    ):
-        self.model = model.to(precision.device, memory_format=precision.memory_format)
-        self.companion = companion.to(precision.device) if companion else None
-        self.loss, self.training, self.run, self.precision = loss, training, run, precision
-        self.config, self.extra, self.clear = dict(config or {}), dict(extra or {}), clear
-        self.resume = resume
-        self.optimizer = self._optimizer()
-        self.scaler = precision.grad_scaler()
+    def __init__(self, model: torch.nn.Module, *args, **options):
+        super().__init__(model, *args, **options)
         # Features that cost an attacker nothing, and are the same when a run is resumed.
-        self.untrained = copy.deepcopy(model) if training.max_coverage is not None else None
-        self.first_epoch = 0
-        self.matched = math.inf  # the spread of what the features have to match, if anything
+        self.untrained = copy.deepcopy(model) if self.training.max_coverage is not None else None
         self.sources: dict[str, Tensor] = {}  # for each account, the image that each of its queries was of
-        self.resumed: dict = {}
-        if resume and run.checkpoint.exists():
-            self._load(read_checkpoint(run.checkpoint))
 
     # ---- the three jobs ----
 
@@ -81,27 +47,30 @@ class SimCLR:
             )
         value = self._loss_of(views, labels)
         self._check_batch(len(images))
-        if not self._start():
+        if not self.start():
             return
         images = images.to(self.precision.device)
+        simple = self.loss.augment == "crop and flip"
 
-        def losses_of(epoch: int) -> BatchLoss:
-            turns = generator(self.training.seed, "turns", epoch)
+        def batch_loss(index: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+            part = Part.of(len(index), views, index.device)
+            chosen, views_of = images[index.repeat(views)[part.own]], draws["views"]
+            if simple:
+                shown = crop_and_flip(chosen, views_of, part=part)
+            else:
+                shown = random_views(chosen, chosen.shape[-1], views_of, part)
+            features = self.features(self.model.project, shown, views)
+            loss = value(index, features)
+            if self.companion:
+                loss = loss + self._mark(images[index], draws["turns"])
+            return loss, features
 
-            def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-                chosen = images[index.repeat(views)]
-                simple = self.loss.augment == "crop and flip"
-                shown = crop_and_flip(chosen, draws) if simple else random_views(chosen, chosen.shape[-1], draws)
-                features = self._run(self.model.project, shown)
-                loss = value(index, features)
-                if self.companion:
-                    turned, half = half_turns(images[index], turns)
-                    loss = loss + F.cross_entropy(self._run(lambda x: self.companion(self.model(x)), turned), half)
-                return loss, features
+        self.fit(len(images), lambda epoch: batch_loss)
 
-            return batch_loss
-
-        self._fit(len(images), losses_of)
+    def _mark(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        """The watermark's loss () on a batch of images (B, 3, H, W)."""
+        turned, half = half_turns(images, draws, Part.of(len(images), 2, images.device))
+        return F.cross_entropy(self.features(lambda x: self.companion(self.model(x)), turned, 2), half)
 
     def train_head(self, representations: Tensor, projections: Tensor | None = None) -> None:
         """Train a head on representations (V * N, D), view-major, by a loss of `loss.HEAD_LOSSES`.
@@ -112,23 +81,24 @@ class SimCLR:
         count = len(representations) // views
         value = self._loss_of(views)
         self._check_batch(count)
-        if not self._start():
+        if not self.start():
             return
-        given = [rows.to(device) for rows in (representations, projections) if rows is not None]
-        if projections is not None:
-            self.matched = spread_of(given[1]).item()
+        representations = representations.to(device)
+        targets = [] if projections is None else [projections.to(device)]
+        if targets:
+            self.matched = spread_of(targets[0]).item()
 
-        def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        def batch_loss(index: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
             rows = torch.cat([index + view * count for view in range(views)])
-            h, *targets = (tensor[rows] for tensor in given)
-            features = self._run(self.model, h)
-            return value(index, features, *targets), features
+            own = rows[Part.of(len(index), views, device).own]
+            features = self.features(self.model, representations[own], views)
+            return value(index, features, *(target[rows] for target in targets)), features
 
-        self._fit(count, lambda epoch: batch_loss)
+        self.fit(count, lambda epoch: batch_loss)
 
     def steal(
         self,
-        images: Tensor,
+        images: Tensor | Streamed,
         victim: Victim,
         labels: Tensor | None = None,
         refine: Callable[[Tensor], Tensor] | None = None,
@@ -139,7 +109,8 @@ class SimCLR:
         How it asks is said in `attacks` and `adaptive`. Every query is made once and its answer reused in all epochs;
         the released recipe asks anew in every epoch. `labels` (N,) are for an attacker who has them and a loss that
         needs them. `refine` turns the answers (V * N, D) into the targets (V * N, model.output_dim). An attacker who
-        avoids buckets asks about `budget` of the images.
+        avoids buckets asks about `budget` of the images. Images that are streamed are asked about once each, and their
+        answers stay in a file.
         """
         budget = budget or len(images)
         plan = self.training.plan(self.loss, budget)
@@ -147,15 +118,19 @@ class SimCLR:
         self._check_labels(labels)
         self._check_batch(budget)
         self._check_victim(victim, refine is not None)
-        if not self._start():
+        if not self.start():
             return
         released = self.training.recipe == "released"
         if released:  # answers of earlier epochs are not asked again, nor kept: what is known of them is their record
             victim.ledger.load_state_dict(self.resumed.get("ledger", {}))
         self.extra["victim_version"] = victim.version
-        images = images.to(self.precision.device)
-        ask = functools.partial(self._ask, victim, images, plan, refine)
-        once = None if released else ask(self.run.folder / f"answers-{victim.version}.f32")
+        keep = self.run.folder / f"answers-{victim.version}"
+        if isinstance(images, Streamed):
+            once = self._ask_streamed(victim, images, plan, keep)
+        else:
+            images = images.to(self.precision.device)
+            ask = functools.partial(self._ask, victim, images, plan, refine)
+            once = None if released else ask(keep)
         index = once.index if once else torch.arange(len(images))
         self._check_batch(len(index))
         value = self._loss_of(plan.views, labels[index] if labels is not None else None)
@@ -163,21 +138,21 @@ class SimCLR:
         def losses_of(epoch: int) -> BatchLoss:
             held = once or ask(epoch=epoch)
 
-            def batch_loss(index: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-                shown, targets = held.batch(index, draws)
+            def batch_loss(item: Tensor | tuple[Tensor, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
+                index, shown, targets = held.batch(item, draws["views"])
                 if self.companion:
-                    features = self._run(lambda x: self.companion.predict(self.model.output(x)), shown)
+                    own = targets[Part.of(len(index), plan.views, index.device).own]
                     with torch.no_grad():
-                        targets = self._run(self.companion.project, targets)
+                        targets = self.features(self.companion.project, own, plan.views)
+                    features = self.features(lambda x: self.companion.predict(self.model.output(x)), shown, plan.views)
                 else:
-                    features = self._run(self.model.output, shown)
+                    features = self.features(self.model.output, shown, plan.views)
                 return value(index, features, targets), features
 
             return batch_loss
 
-        self._fit(len(index), losses_of)
-        for answers_file in self.run.folder.glob("answers-*.f32"):
-            answers_file.unlink()
+        self.fit(len(index), losses_of, once.load if once else iter)
+        self._forget_answers()
 
     def _ask(
         self,
@@ -199,74 +174,44 @@ class SimCLR:
         index = bought.index.to(images.device)
         return Answered(images[index], bought.sent.to(images.device), answers, plan, bought.index)
 
+    def _ask_streamed(self, victim: Victim, queries: Streamed, plan: Plan, keep: Path) -> StreamedAnswers:
+        """Buy the answers to images that don't fit in memory; they stay in the file that keeps them, as float16."""
+        purchases = Purchases(victim, keep, dtype=np.float16)
+        spreads = []
+        for answers in purchases.ask_each(len(queries), queries.parts):
+            spreads.append(spread_of(answers).item())
+        if not self.companion:
+            self.matched = max(spreads)
+        number = torch.arange(len(queries))
+        self._record(victim, {"default": number}, as_tensor(sorted(victim.ledger.accounts["default"].images)))
+        barrier()  # the first process has written all of the file
+        return StreamedAnswers(queries, purchases.answers(len(queries)), plan, number, self.precision.device)
+
     def _features(self, images: Tensor) -> Tensor:
         """What the copy made of the images before it was trained (N, D), on the CPU: features that cost no query."""
         return represent(self.untrained, images, self.precision).cpu()
 
     def _enter(self, victim: Victim, images: Tensor, bought: Bought) -> None:
         asked = torch.cat([*bought.sources.values()]).unique()  # also images whose answers were thrown away
-        self.extra |= {"ledger": victim.ledger.state_dict(), "query_digests": digest_tensor(images[asked])}
         if "query_indices" in self.extra and len(asked) < len(self.extra["query_indices"]):
             self.extra["query_indices"] = self.extra["query_indices"][asked]
             self.extra["query_set"] = {**self.extra["query_set"], "images": len(asked)}
+        self._record(victim, bought.sources, digest_tensor(images[asked]), bought.found)
+
+    def _record(self, victim: Victim, sources: dict[str, Tensor], digests: Tensor, found: list[str] = ()) -> None:
+        """Enter and say what was asked: `sources` are as in `adaptive.Bought`, digests (N, 16) of all images asked."""
+        self.extra |= {"ledger": victim.ledger.state_dict(), "query_digests": digests}
         summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
         self.run.say(summary.format(**victim.ledger.summary()))
-        for words in bought.found:
+        for words in found:
             self.run.say(f"attacker: {words}")
-        for account, more in bought.sources.items():
+        for account, more in sources.items():
             self.sources[account] = torch.cat([self.sources.get(account, more[:0]), more])
         self.extra["met"] = victim.met(self.sources)
         for name, figure in self.extra["met"].items():
             self.run.say(f"{name.replace('_', ' ')} {figure:.4g}")
 
-    # ---- the one loop ----
-
-    def _fit(self, count: int, losses_of: Callable[[int], BatchLoss]) -> None:
-        """Train for the epochs that are left; `losses_of(epoch)` gives what a batch's loss is in that epoch."""
-        training, device = self.training, self.precision.device
-        steps = count // training.batch_size
-        for epoch in range(self.first_epoch, training.epochs):
-            batch_loss = losses_of(epoch)
-            self._mode(training=True)
-            lr = learning_rate(training, epoch, steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            order = torch.randperm(count, generator=generator(training.seed, "order", epoch)).to(device)
-            draws = generator(training.seed, "views", epoch)
-            watch = Watch(self.run, epoch, steps, training.log_every_n_steps, device, self.matched)
-            started = time.perf_counter()
-            with tqdm(total=steps * training.batch_size, unit="img", unit_scale=True, disable=None, leave=False) as bar:
-                bar.set_description(f"epoch {epoch + 1}/{training.epochs}")
-                for step in range(steps):
-                    index = order[step * training.batch_size : (step + 1) * training.batch_size]
-                    loss, features = batch_loss(index, draws)
-                    watch.add(loss.detach(), features.detach(), lr, bar)
-                    self.optimizer.zero_grad(set_to_none=True)
-                    self.scaler.scale(loss).backward()
-                    self.scaler.step(self.optimizer)
-                    self.scaler.update()
-                    bar.update(len(index))
-            mean, spread = watch.close(lr, bar)
-            seconds = time.perf_counter() - started
-            self._save(epoch + 1)
-            speed = steps * training.batch_size / seconds
-            values = {"loss": mean, "spread": spread, "lr": lr, "images_per_second": speed}
-            self.run.record((epoch + 1) * steps, {"epoch": epoch, **values, "seconds": seconds})
-            self.run.say(
-                f"epoch {epoch + 1}/{training.epochs}  loss {mean:.4f}  spread {spread:.4f}  lr {lr:.3g}  "
-                f"{speed:.0f} images/s"
-            )
-        self.run.finish()
-
     # ---- its parts ----
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        training = self.training
-        parameters = [*self.model.parameters(), *(self.companion.parameters() if self.companion else ())]
-        options = {"lr": training.lr, "weight_decay": training.weight_decay, "fused": True}
-        if training.optimizer == "sgd":
-            return torch.optim.SGD(parameters, momentum=training.momentum, **options)
-        return torch.optim.Adam(parameters, **options)
 
     def _check_labels(self, labels: Tensor | None) -> None:
         if self.loss.needs_labels and (labels is None or (labels < 0).any()):
@@ -299,61 +244,3 @@ class SimCLR:
             return self.loss(*features, **fixed, **of_batch)
 
         return value
-
-    def _mode(self, training: bool) -> None:
-        self.model.train(training)
-        if self.companion:
-            self.companion.train(training)
-
-    def _run(self, network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Features in float32 of float images or rows, computed in the precision chosen."""
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=self.precision.memory_format)
-        with self.precision.autocast():
-            features = network(inputs)
-        return features.float()
-
-    def _check_batch(self, count: int) -> None:
-        if self.training.batch_size > count:
-            raise UserError(
-                f"batch size {self.training.batch_size} is larger than the {count} images to train on: "
-                f"give --batch-size {count} or less"
-            )
-        if count == 0 or self.training.batch_size < 1:
-            raise UserError(f"batch size {self.training.batch_size} for {count} images: both must be at least 1")
-
-    def _start(self) -> bool:
-        """Open the run's folder; False when a resumed run is finished already."""
-        if self.first_epoch >= self.training.epochs:
-            print(f"{self.run.checkpoint} has all {self.training.epochs} epochs already")
-            return False
-        self.run.start(self.config, self.clear, self.first_epoch)
-        if not self.resume:
-            for answers_file in self.run.folder.glob("answers-*.f32"):
-                answers_file.unlink()
-        if self.first_epoch:
-            self.run.say(f"resumed after epoch {self.first_epoch}")
-        return True
-
-    def _save(self, epochs_done: int) -> None:
-        content = {
-            "epoch": epochs_done,
-            "arch": getattr(self.model, "arch", None),
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "normalize": getattr(self.model, "normalize", None),
-            **self.extra,
-        }
-        if self.companion:
-            content[self.companion.kept_as] = self.companion.state_dict()
-        save_checkpoint(content, self.run.checkpoint)
-
-    def _load(self, checkpoint: dict) -> None:
-        load_checked(self.model, checkpoint["state_dict"], str(self.run.checkpoint))
-        if self.companion:
-            load_checked(self.companion, checkpoint[self.companion.kept_as], str(self.run.checkpoint))
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.first_epoch = checkpoint["epoch"]
-        self.resumed = checkpoint

@@ -14,8 +14,9 @@ from evaluation import load_test
 from loss import STEAL_LOSSES, Loss
 from models import SimSiamHeads, build_copy, read_checkpoint
 from simclr import SimCLR
+from stopping import script
 from training import check_plan
-from utils import UserError, script, seeded
+from utils import UserError, seeded
 from victim import Service, Victim
 
 
@@ -51,7 +52,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     )
     options.add_switch(training, "--useaug", None, "the copy sees random views of its own, not what the victim saw")
     training.add_argument("--copy-views", metavar="N", type=options.count, help="how many of them (default: --n-views)")
-    options.add_run_options(parser)
+    options.add_run_options(parser, job=True)
     args = parser.parse_args()
     complete(parser, args)
     return parser, args

@@ -17,8 +17,9 @@ import runs
 from loss import HEAD_LOSSES, STEAL_LOSSES
 from models import SimSiamHeads, build_copy, projection_head
 from simclr import SimCLR
+from stopping import script
 from training import check_plan
-from utils import Run, UserError, script, seeded
+from utils import Run, UserError, seeded
 from victim import Service, Victim
 
 # The copy sees what was sent, so there is nothing here for a loss about augmentations of its own.

@@ -19,7 +19,8 @@ from loss import LABEL_LOSSES
 from models import SimCLREncoder, build_encoder, read_checkpoint
 from probes import top1_top5
 from simclr import SimCLR
-from utils import UserError, script, seeded
+from stopping import script
+from utils import UserError, seeded
 from victim import Service, Victim, digest_tensor
 
 MODES = {"direct": "direct", "standard": "direct", "knockoff": "knockoff"}  # standard is the 2022 name of direct

@@ -1,7 +1,6 @@
 """What every script needs around an experiment: errors, seeds, precision, checkpoints and the run folder."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -10,11 +9,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 
 
@@ -22,29 +22,14 @@ class UserError(Exception):
     """Something that the user can mend: shown as one line, exit code 2."""
 
 
-def script(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a script's main(): what the user can mend is printed as one line and exits with code 2."""
+def first_process() -> bool:
+    """Whether this process is the one of its job that writes files; one without a job is."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
-    @functools.wraps(main)
-    def wrapper() -> None:
-        try:
-            main()
-        except UserError as error:
-            sys.exit(_one_line(str(error)))
-        except torch.OutOfMemoryError as error:
-            sys.exit(_one_line(f"out of device memory, give a smaller --batch-size: {error}"))
-        except PermissionError as error:
-            sys.exit(_one_line(f"no permission to write or read {error.filename}: choose another folder"))
-        except OSError as error:
-            sys.exit(_one_line(f"{error.strerror or error}: {error.filename or 'disk'}"))
-        except KeyboardInterrupt:
-            sys.exit(130)
 
-    def _one_line(text: str) -> int:
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-
-    return wrapper
+def quiet() -> bool | None:
+    """What tqdm's `disable` takes: progress is shown on terminals, by the first process."""
+    return None if first_process() else True
 
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
@@ -143,7 +128,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(content: Mapping, path: Path) -> None:
-    """Write a checkpoint of tensors and plain types, atomically."""
+    """Write a checkpoint of tensors and plain types, atomically; of a job's processes only the first does."""
+    if not first_process():
+        return
     with atomic_path(path) as temporary:
         try:
             torch.save(dict(content), temporary)
@@ -184,7 +171,7 @@ class Run:
 
     config.yml (every value in force, commit, versions, device), checkpoint.pth.tar, metrics.jsonl (one line per
     record), run.log and tensorboard events. Opening it writes nothing before `start()`, so that whatever is wrong with
-    the input can be found first.
+    the input can be found first. Of a job's processes only the first writes.
     """
 
     def __init__(self, folder: Path, tensorboard: Path | None = None):
@@ -200,6 +187,8 @@ class Run:
 
         When a run goes on from `from_epoch`, the metrics of that epoch and later ones are dropped: they come again.
         """
+        if not first_process():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         if clear and from_epoch == 0:
             for old in [self.folder / "run.log", self.metrics, *self._events.glob("events.out.tfevents.*")]:
@@ -227,6 +216,8 @@ class Run:
 
     def record(self, step: int, values: Mapping) -> None:
         """Append one line to metrics.jsonl and its numbers to tensorboard at `step`."""
+        if not first_process():
+            return
         with self.metrics.open("a") as file:
             file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
         self.scalars(step, {k: v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"})

@@ -21,7 +21,8 @@ from models import read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from ownership import METHODS, Figures, Judged, dataset_of
 from statistical_tests import roc
-from utils import Run, UserError, script
+from stopping import script
+from utils import Run, UserError
 from victim import version_of
 
 

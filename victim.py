@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from data_aug.datasets import to_float
 from defenses import Defence, Query
+from distributed import any_of, barrier, gather, share
 from models import SimCLREncoder
-from utils import Precision, UserError
+from stopping import Stopped, deferred, received
+from utils import Precision, UserError, first_process, quiet
 
 
 class BudgetExceeded(UserError):
@@ -32,7 +34,17 @@ def image_digests(images: Tensor) -> list[bytes]:
 
 def digest_tensor(images: Tensor) -> Tensor:
     """`image_digests` as uint8 (N, 16), as checkpoints keep them: so an evaluation knows which images were queried."""
-    return torch.frombuffer(bytearray(b"".join(image_digests(images))), dtype=torch.uint8).view(-1, 16)
+    return as_tensor(image_digests(images))
+
+
+def as_tensor(digests: Iterable[bytes]) -> Tensor:
+    """Digests as uint8 (N, 16)."""
+    return torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 16)
+
+
+def as_bytes(digests: Tensor) -> list[bytes]:
+    """Digests (N, 16) as `image_digests` gives them."""
+    return [bytes(row) for row in digests.numpy()]
 
 
 def version_of(network: nn.Module) -> str:
@@ -97,7 +109,7 @@ class Ledger:
             name: {
                 "queries": account.queries,
                 "calls": account.calls,
-                "images": torch.frombuffer(bytearray(b"".join(sorted(account.images))), dtype=torch.uint8),
+                "images": as_tensor(sorted(account.images)).flatten(),
             }
             for name, account in self.accounts.items()
             if account.images
@@ -177,27 +189,37 @@ class Victim:
         """Names the weights that answer: see `version_of`."""
         return version_of(self._service)
 
-    def query(self, images: Tensor, account: str = "default") -> Tensor:
+    def query(self, images: Tensor, account: str = "default", total: int | None = None) -> Tensor:
         """Answers (B, dim), float32 on the victim's device, to images (B, 3, H, W), uint8 or float in [0, 1].
 
-        BudgetExceeded when the budget does not cover all of them; then none is answered or recorded.
+        BudgetExceeded when the budget does not cover all of them; then none is answered or recorded. In a job of
+        several processes a call is of `total` images, of which each process gives its `distributed.share` and asks
+        about no other; all of them get all answers and enter all images in their ledger, so that these agree.
         """
-        asked = self.ledger.queries
-        if self.budget is not None and asked + len(images) > self.budget:
-            raise BudgetExceeded(
-                f"a query of {len(images)} images would exceed the budget of {self.budget}: {asked} are spent"
-            )
-        digests = image_digests(images)
-        answers = self._answer(images, digests, account)
-        self.ledger.record(digests, account)
-        return answers
+        return self.answer(images, account, total)[0]
 
-    def recall(self, images: Tensor, account: str = "default") -> None:
-        """Take it that these images were answered in an earlier process: the ledger and the defences remember them."""
-        digests = image_digests(images)
+    def answer(self, images: Tensor, account: str = "default", total: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `query`, with the digests uint8 (B, 16) of the images that were answered."""
+        count = len(images) if total is None else total
+        asked = self.ledger.queries
+        if self.budget is not None and asked + count > self.budget:
+            raise BudgetExceeded(
+                f"a query of {count} images would exceed the budget of {self.budget}: {asked} are spent"
+            )
+        digests = digest_tensor(images)
+        digests = digests if total is None else gather(digests, total)
+        answers = self._answer(images, as_bytes(digests), account, total)
+        self.ledger.record(as_bytes(digests), account)
+        return answers, digests
+
+    def recall(self, digests: Tensor, account: str = "default", images: Tensor | None = None) -> None:
+        """Take it that images with these digests (B, 16) were answered in an earlier process.
+
+        The ledger and the defences remember them; defences that do need the images (B, 3, H, W) again.
+        """
         if any(defence.remembers for defence in self.defences):
-            self._answer(images, digests, account)
-        self.ledger.record(digests, account)
+            self._answer(images, as_bytes(digests), account)
+        self.ledger.record(as_bytes(digests), account)
 
     def met(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
         """What the defences report of accounts whose queries (N,) were of the images of these numbers."""
@@ -205,17 +227,18 @@ class Victim:
         return {f"{name}_{key}": value for name, report in reports.items() for key, value in report.items()}
 
     @torch.no_grad()
-    def _answer(self, images: Tensor, digests: Sequence[bytes], account: str) -> Tensor:
+    def _answer(self, images: Tensor, digests: Sequence[bytes], account: str, total: int | None = None) -> Tensor:
         images = to_float(images.to(self._precision.device, non_blocking=True))
         with self._precision.autocast():
             h = self._service.encoder(images.contiguous(memory_format=self._precision.memory_format))
+            h = h if total is None else gather(h, total)
             answers = self._service.sell(h).float()
         if not self.defences:
             return answers
-        if not len(images):
+        if not len(h):
             return answers.new_empty(0, self.dim)
         first = self.ledger.accounts.get(account, Account()).queries
-        query = Query(images, digests, h.float(), self._project, account, first)
+        query = Query(digests, h.float(), self._project, account, first)
         for defence in self.defences:
             answers = defence(answers, query)
         return answers.clone()  # a view would carry the numbers that a defence left out
@@ -228,37 +251,74 @@ class Victim:
 class Purchases:
     """An attacker's side of the API: asks in batches, and keeps every answer in a file as it arrives.
 
-    The file `keep` holds the rows of all answers in the order in which they were asked for. What an earlier, killed
-    attack already paid for is read back from it instead of being asked again: ask the same in the same order.
+    The file `keep` has a record for each answer, in the order in which they were asked for: the image's digest, and the
+    answer in `dtype`. What an earlier, killed attack already paid for is read back from it instead of being asked
+    again: ask the same in the same order. Of a job's processes each asks about its share of a batch, and the first
+    writes.
     """
 
-    def __init__(self, victim: Victim, keep: Path | None = None, batch_size: int = 512):
+    def __init__(self, victim: Victim, keep: Path | None = None, batch_size: int = 512, dtype: type = np.float32):
         self.victim, self.keep, self.batch_size = victim, keep, batch_size
         self.asked = 0
-        self.kept = np.empty((0, victim.dim), np.float32)
+        self.record = np.dtype([("digest", np.uint8, 16), ("answer", dtype, victim.dim)])
+        self.kept = np.empty(0, self.record)
         if keep and keep.exists():
-            whole = keep.stat().st_size // (4 * victim.dim)
-            self.kept = np.fromfile(keep, np.float32, whole * victim.dim).reshape(-1, victim.dim)
-            os.truncate(keep, self.kept.nbytes)  # a row cut off by a kill
+            whole = keep.stat().st_size // self.record.itemsize
+            if first_process():
+                os.truncate(keep, whole * self.record.itemsize)  # a record cut off by a kill
+            self.kept = np.memmap(keep, self.record, "r", shape=whole) if whole else self.kept
+        barrier()  # before anyone adds to the file that all have to find the same
 
     def ask(self, images: Tensor, account: str = "default") -> Tensor:
         """Answers (N, dim), float32 on the CPU, to images (N, 3, H, W), each asked once."""
-        answers = []
-        with tqdm(total=len(images), unit="query", disable=None, leave=False) as bar:
-            for batch in images.split(self.batch_size):
-                answers.append(self._ask(batch, account))
-                bar.update(len(batch))
+        answers = list(self.ask_each(len(images), lambda parts: (images[part] for part in parts), account))
         return torch.cat(answers) if answers else torch.empty(0, self.victim.dim)
 
-    def _ask(self, batch: Tensor, account: str) -> Tensor:
-        paid = torch.from_numpy(self.kept[self.asked : self.asked + len(batch)])
-        self.asked += len(batch)
-        if len(paid):
-            self.victim.recall(batch[: len(paid)], account)
-        if len(paid) == len(batch):
-            return paid
-        rows = self.victim.query(batch[len(paid) :], account).cpu()
-        if self.keep:
+    def ask_each(
+        self, count: int, images: Callable[[Sequence[slice]], Iterable[Tensor]], account: str = "default"
+    ) -> Iterator[Tensor]:
+        """Answers (B, dim), float32 on the CPU, batch by batch, to `count` images of which `images` gives parts.
+
+        It is asked once for all parts that are needed: what is paid for already isn't got again, unless a defence has
+        to see it. Stopped when a signal came: the answers so far are kept.
+        """
+        paid = self.kept[self.asked : self.asked + count]
+        self.asked += len(paid)
+        with tqdm(total=count, unit="query", disable=quiet(), leave=False) as bar, deferred():
+            for known in self._recall(paid, images, account):
+                yield known
+                bar.update(len(known))
+            rest = self._batches(len(paid), count)
+            own = [share(part.stop - part.start) for part in rest]
+            mine = [slice(part.start + o.start, part.start + o.stop) for part, o in zip(rest, own, strict=True)]
+            for part, wanted in zip(rest, images(mine), strict=True):
+                rows, digests = self.victim.answer(wanted, account, part.stop - part.start)
+                self._keep(digests, rows.cpu())
+                yield rows.cpu()
+                bar.update(len(rows))
+                if any_of(received() is not None):
+                    raise Stopped(f"stopped by {received()}: {self.asked} answers are kept, --resume goes on from them")
+
+    def answers(self, count: int) -> np.ndarray:
+        """The first `count` answers (count, dim) as the file holds them, read when they are looked at."""
+        return np.memmap(self.keep, self.record, "r", shape=count)["answer"]
+
+    def _batches(self, start: int, stop: int) -> list[slice]:
+        return [slice(first, min(first + self.batch_size, stop)) for first in range(start, stop, self.batch_size)]
+
+    def _recall(
+        self, paid: np.ndarray, images: Callable[[Sequence[slice]], Iterable[Tensor]], account: str
+    ) -> Iterator[Tensor]:
+        parts = self._batches(0, len(paid))
+        seen = images(parts) if any(one.remembers for one in self.victim.defences) else [None] * len(parts)
+        for part, again in zip(parts, seen, strict=True):
+            self.victim.recall(torch.from_numpy(paid[part]["digest"].copy()), account, again)
+            yield torch.from_numpy(paid[part]["answer"].astype(np.float32))
+
+    def _keep(self, digests: Tensor, rows: Tensor) -> None:
+        self.asked += len(rows)
+        if self.keep and first_process():
+            fresh = np.empty(len(rows), self.record)
+            fresh["digest"], fresh["answer"] = digests.numpy(), rows.numpy()
             with self.keep.open("ab") as file:
-                file.write(rows.numpy().tobytes())
-        return torch.cat([paid, rows])
+                file.write(fresh.tobytes())

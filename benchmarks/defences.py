@@ -26,7 +26,7 @@ def full_poisoning(earlier: Tensor, project: Callable[[Tensor], Tensor], size: i
     """Poisoning that remembers exactly these representations (M, D) of earlier queries, asked so many in a call."""
     defence = Poisoning(poison_memory=len(earlier))
     for part in earlier.split(size):
-        defence.nearest(Query(images=part, digests=[], representations=part, project=project))
+        defence.nearest(Query(digests=[], representations=part, project=project))
     return defence
 
 
@@ -54,7 +54,7 @@ def tasks(
     def call_of(name: str) -> Callable[[], object]:
         defence = full_poisoning(earlier, project) if name == "poisoning" else DEFENCES[name]()
         # A new query each time: it keeps the projections that were computed for it.
-        return lambda: defence(h, Query(floats, digests, h, project, first=memory))
+        return lambda: defence(h, Query(digests, h, project, first=memory))
 
     return {"encoder": represent, **{name: call_of(name) for name in DEFENCES}}
 

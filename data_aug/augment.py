@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distributed import Part
+
 CROP_AREA = (0.08, 1.0)  # of the area of the image
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 CROP_ATTEMPTS = 10
@@ -55,7 +57,7 @@ class ViewDraws:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, rows: slice) -> "ViewDraws":
+    def __getitem__(self, rows: slice | Tensor) -> "ViewDraws":
         """The draws of some of the views."""
         tensors = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "size"}
         return ViewDraws(**tensors, size=self.size)
@@ -74,7 +76,7 @@ def draw_views(n: int, height: int, width: int, size: int, generator: torch.Gene
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     return ViewDraws(
-        boxes=_draw_boxes(n, height, width, generator),
+        boxes=draw_boxes(n, height, width, generator),
         flip=uniform(0.0, 1.0) < FLIP_RATE,
         jitter=uniform(0.0, 1.0) < JITTER_RATE,
         factors=uniform(JITTER_LOW, JITTER_HIGH, 4),
@@ -109,26 +111,30 @@ def apply_views(images: Tensor, draws: ViewDraws) -> Tensor:
     return views
 
 
-def random_views(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def random_views(images: Tensor, size: int, generator: torch.Generator, part: Part | None = None) -> Tensor:
     """Draw and make one view per image; shapes and errors as in `draw_views` and `apply_views`.
 
-    For several views of an image, repeat it in the batch: every row has its own draws.
+    For several views of an image, repeat it in the batch: every row has its own draws. Where the images are a process's
+    `part` of a batch, draws are made for all of it, so that they don't depend on the number of processes.
     """
     _check_images(images)
-    return apply_views(images, draw_views(len(images), *images.shape[-2:], size, generator))
+    draws = draw_views(part.total if part else len(images), *images.shape[-2:], size, generator)
+    return apply_views(images, draws[part.rows] if part else draws)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, part: Part | None = None) -> Tensor:
     """The views of supervised training: a crop of the image's size out of it with a black border, mirrored or not.
 
-    images uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1]; every image has its own draws, made on the CPU.
+    images uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1]; every image has its own draws, made on the CPU. For
+    `part` see `random_views`.
     """
     _check_images(images)
     count, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    flip = torch.rand(count, 1, generator=generator) < FLIP_RATE
+    total, rows = (part.total, part.rows) if part else (count, slice(None))
+    top, left = torch.randint(0, 2 * padding + 1, (2, total, 1), generator=generator)[:, rows]
+    flip = (torch.rand(total, 1, generator=generator) < FLIP_RATE)[rows]
     columns = left + torch.where(flip, torch.arange(width).flip(0), torch.arange(width))
-    rows, columns = (_send(x, images.device) for x in (top + torch.arange(height), columns))
+    rows, columns = (send(x, images.device) for x in (top + torch.arange(height), columns))
     padded = F.pad(images, (padding,) * 4)
     each = torch.arange(count, device=images.device)[:, None, None]
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
@@ -141,7 +147,7 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     torchvision's rotate of tensors with its defaults.
     """
     _check_images(images)
-    radians = _send(degrees.double().deg2rad(), images.device)
+    radians = send(degrees.double().deg2rad(), images.device)
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
     source = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).float()
     with torch.autocast(images.device.type, enabled=False):
@@ -159,15 +165,15 @@ def _make_views(images: Tensor, draws: ViewDraws) -> Tensor:
     views = crop_resize(images, draws.boxes, draws.flip, draws.size)
     groups = [draws.jitter & (column == i) for column in draws.order.T for i in range(len(_JITTER))]
     groups = [group.nonzero()[:, 0] for group in [*groups, draws.grey]]
-    *jitter_rows, grey_rows = _send(torch.cat(groups), device).split([len(group) for group in groups])
-    factors = _send(draws.factors, device)
+    *jitter_rows, grey_rows = send(torch.cat(groups), device).split([len(group) for group in groups])
+    factors = send(draws.factors, device)
     for i, rows in enumerate(jitter_rows):
         if len(rows):
             i %= len(_JITTER)
             changed = _JITTER[i](views.index_select(0, rows), factors[:, i].index_select(0, rows))
             views.index_copy_(0, rows, changed)
     views.index_copy_(0, grey_rows, to_grey(views.index_select(0, grey_rows)))
-    return gaussian_blur(views, _send(draws.sigma, device), blur_radius(draws.size))
+    return gaussian_blur(views, send(draws.sigma, device), blur_radius(draws.size))
 
 
 def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
@@ -177,7 +183,7 @@ def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tenso
     -> float32 (N, 3, size, size) in [0, 1]. Bilinear with the antialiasing of PIL: where an axis shrinks, the triangle
     of the filter is as much wider.
     """
-    (top, left, height, width), flip = _send(boxes, images.device).unbind(1), _send(flip, images.device)
+    (top, left, height, width), flip = send(boxes, images.device).unbind(1), send(flip, images.device)
     rows = _resize_matrix(top, height, images.shape[2], size)
     columns = _resize_matrix(left, width, images.shape[3], size)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
@@ -280,14 +286,15 @@ def _per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for it to arrive."""
     # Only from pinned memory does a copy to CUDA return before it is done.
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def _draw_boxes(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+def draw_boxes(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Boxes (n, 4) as RandomResizedCrop.get_params of torchvision draws them, all attempts at once."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

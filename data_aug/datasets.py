@@ -22,7 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data_aug.shapes import make_shapes, make_textures
-from utils import UserError, atomic_path, generator, script
+from stopping import script
+from utils import UserError, atomic_path, generator
 
 SIZE = 32  # every data set comes as SIZE x SIZE images
 HELD_OUT = 1000  # test images that an attacker of the victim's own data set never queries

@@ -17,11 +17,10 @@ from utils import UserError
 class Query:
     """One call of an account as the owner sees it.
 
-    images (B, 3, H, W), float in [0, 1], and a digest of each; the encoder's true representations h (B, D), and
-    `project`, which gives its projections z of them; `first`, the number of the account's queries before this call.
+    A digest of each of its images; the encoder's true representations h (B, D), and `project`, which gives its
+    projections z of them; `first`, the number of the account's queries before this call.
     """
 
-    images: Tensor
     digests: Sequence[bytes]
     representations: Tensor
     project: Callable[[Tensor], Tensor]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_aug.augment import rotate
+from distributed import Part
 from models import SimCLREncoder
 from models.checkpoint import load_checked
 from utils import Precision, UserError, generator
@@ -33,15 +34,16 @@ class WatermarkMLP(nn.Module):
         return self.output(F.relu(self.hidden(F.relu(self.input(h)))))
 
 
-def half_turns(images: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+def half_turns(images: Tensor, draws: torch.Generator, part: Part | None = None) -> tuple[Tensor, Tensor]:
     """Each of the uint8 images (B, 3, H, W) turned by 0-180 and by 180-360 degrees, and which half that was.
 
     -> float (2 B, 3, H, W) in [0, 1], all first halves first, and labels (2 B,) of 0 and 1. Angles are drawn on the
-    CPU, one for each turned image.
+    CPU, one for each turned image. With `part` only that part of the images is turned; the labels are all.
     """
     half = torch.arange(2).repeat_interleave(len(images))
     degrees = 180 * (half + torch.rand(len(half), generator=draws))
-    return rotate(images.repeat(2, 1, 1, 1), degrees), half.to(images.device)
+    rows, own = (part.rows, part.own) if part else (slice(None), slice(None))
+    return rotate(images.repeat(2, 1, 1, 1)[own], degrees[rows]), half.to(images.device)
 
 
 def read_watermark(checkpoint: Mapping, source: str) -> WatermarkMLP:

@@ -68,7 +68,7 @@ def test_without_useaug_the_copy_sees_what_was_sent(images, draws):
     sent = queries_of(images, plan, draws)
     answers = torch.arange(24.0)[:, None]
     index = torch.tensor([7, 2, 5])
-    shown, targets = Answered(images, sent, answers, plan).batch(index, draws)
+    _, shown, targets = Answered(images, sent, answers, plan).batch(index, draws)
     rows = [7, 2, 5, 19, 14, 17]
     assert torch.equal(shown, sent[rows].float() / 255)
     assert targets[:, 0].tolist() == rows
@@ -79,7 +79,7 @@ def test_with_useaug_every_row_of_an_image_has_its_one_answer(plain_first, image
     plan = Plan(useaug=True, copy_views=3, plain_first=plain_first)
     assert plan.views == 3 + plain_first
     index = torch.tensor([7, 2, 5, 0])
-    shown, targets = Answered(images, images, torch.arange(12.0)[:, None], plan).batch(index, draws)
+    _, shown, targets = Answered(images, images, torch.arange(12.0)[:, None], plan).batch(index, draws)
     assert targets[:, 0].tolist() == [7, 2, 5, 0] * plan.views
     assert torch.equal(shown[:4], images[index] / 255) == plain_first
     views = shown.view(plan.views, 4, 3, 32, 32)
@@ -89,7 +89,7 @@ def test_with_useaug_every_row_of_an_image_has_its_one_answer(plain_first, image
 def test_with_useaug_and_an_answer_for_each_view_they_are_paired(images, draws):
     plan = Plan(n_views=2, queryaug=True, useaug=True, copy_views=2)
     sent = queries_of(images, plan, draws)
-    shown, targets = Answered(images, sent, torch.arange(24.0)[:, None], plan).batch(torch.tensor([3, 1]), draws)
+    _, shown, targets = Answered(images, sent, torch.arange(24.0)[:, None], plan).batch(torch.tensor([3, 1]), draws)
     assert len(shown) == 4
     assert targets[:, 0].tolist() == [3, 1, 15, 13]
 
@@ -99,7 +99,7 @@ def test_the_prototype_is_the_mean_answer(useaug, images, draws):
     plan = Plan(n_views=5, queryaug=True, prototype=True, useaug=useaug, copy_views=3)
     answers = torch.rand(60, 4, generator=draws)
     held = Answered(images, queries_of(images, plan, draws), answers, plan)
-    shown, targets = held.batch(torch.tensor([11, 4]), draws)
+    _, shown, targets = held.batch(torch.tensor([11, 4]), draws)
     expected = torch.stack([answers[[i + 12 * view for view in range(5)]].mean(dim=0) for i in (11, 4)])
     assert len(shown) == 2 * plan.views
     torch.testing.assert_close(targets, expected.repeat(plan.views, 1))
@@ -119,9 +119,9 @@ def test_rows_and_answers_that_cannot_be_paired_are_named():
 class Recorded(Victim):
     """A victim that also keeps the images that it was sent."""
 
-    def query(self, images, account="default"):
+    def answer(self, images, account="default", total=None):
         self.sent = [*getattr(self, "sent", []), *image_digests(images)]
-        return super().query(images, account)
+        return super().answer(images, account, total)
 
 
 def attack(name, encoder, images, folder, **values):

@@ -49,5 +49,5 @@ def test_poisoning_is_timed_with_a_full_memory():
     earlier = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
     defence = benchmarks.defences.full_poisoning(earlier, torch.sign, size=4)
     assert defence.poison_memory == len(defence.scores()) == 10
-    oldest = Query(images=earlier, digests=[], representations=earlier[:1], project=torch.sign)
+    oldest = Query(digests=[], representations=earlier[:1], project=torch.sign)
     assert defence.nearest(oldest).item() == pytest.approx(1)

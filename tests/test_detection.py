@@ -14,7 +14,7 @@ from defenses.buckets import hyperplanes
 from defenses.detection import SCORES, Detection, non_normality, scores_of, similarity
 from defenses.nearest import BLOCK, Memory, nearest_distances
 from utils import UserError, generator, save_checkpoint
-from victim import Victim
+from victim import Victim, digest_tensor
 
 DIM = 16
 
@@ -198,7 +198,7 @@ def test_accounts_are_watched_apart(encoder, images):
 def test_what_an_earlier_process_answered_counts(encoder, stream):
     detector = Detection(secret=4)
     victim = Victim(encoder, defences=[detector])
-    victim.recall(stream[:12])
+    victim.recall(digest_tensor(stream[:12]), images=stream[:12])
     victim.query(stream[12:])
     assert detector.distances()[11:].max() < 1e-5
 

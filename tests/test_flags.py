@@ -27,6 +27,8 @@ SGD, SYMMETRIZED = ("--optimizer", "sgd"), ("--losstype", "symmetrized", "-b", "
 # What leaves the result as it is: seen in the tests of resumption and of Run, in the last one here, and in every test.
 ELSEWHERE = {"help", "data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
 ELSEWHERE |= {"log_every_n_steps", "fp16_precision"}
+# Several processes: seen in test_stopping.py and test_distributed.py.
+ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"}
 
 # For each flag a command line and what is added to it; where a flag is about another, a base of its own.
 MACHINE = {"precision": (("--precision", "fp32"), "bf16"), "seed": "1"}
@@ -300,3 +302,5 @@ def test_flags_about_the_run_act(call, refused, tmp_path):
     assert "--gpu-index has no effect with --device cpu" in refused(run, *TRAIN, "--gpu-index", "1")
     assert "fp16 needs a CUDA device" in refused(run, *TRAIN, "--fp16-precision")
     assert "tpu" in refused(run, *TRAIN, "--device", "tpu")
+    job = ("--world-size", "2", "--rank", "0", "--dist-url", "tcp://127.0.0.1:1")
+    assert "--dist-backend nccl needs GPUs" in refused(run, *TRAIN, *job, "--dist-backend", "nccl")

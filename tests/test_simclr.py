@@ -130,7 +130,7 @@ class Killed(Exception):
 
 def kill_in_epoch(job, epoch):
     """As a kill does: the run ends in the middle of an epoch, after the earlier ones were saved."""
-    original = job._run
+    original = job.features
 
     def run(*args):
         if (
@@ -142,7 +142,7 @@ def kill_in_epoch(job, epoch):
                 raise Killed
         return original(*args)
 
-    job.steps_left, job._run = 1, run
+    job.steps_left, job.features = 1, run
     return job
 
 
@@ -333,13 +333,13 @@ def test_budget_below_the_queries_stops_before_training(tmp_path, images, encode
 def test_non_finite_loss_stops_at_its_step(tmp_path, images, encoder):
     """The answer to one image of the second epoch's second batch is broken."""
     job = trainer(tmp_path, losstype="mse", epochs=3)
-    original, steps = job._run, []
+    original, steps = job.features, []
 
     def run(*args):
         steps.append(1)
         return original(*args) * (math.nan if len(steps) == 5 else 1)
 
-    job._run = run
+    job.features = run
     with pytest.raises(UserError, match="loss is nan at step 2 of 3 in epoch 2"):
         job.steal(images, Victim(encoder))
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pth.tar")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from stopping import script
 from utils import (
     Precision,
     Run,
@@ -17,7 +18,6 @@ from utils import (
     derive_seed,
     generator,
     save_checkpoint,
-    script,
     seeded,
 )
 

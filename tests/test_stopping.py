@@ -1,0 +1,184 @@
+"""How scripts and jobs end: one line, the same code everywhere, nothing hanging; saved on a signal, and resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jobs
+import pytest
+import torch
+
+from stopping import SAVED, Stopped, deferred, received, script
+from tests.conftest import ROOT
+from utils import UserError
+
+
+def ends_of(processes, work, *arguments, capfd):
+    """Exit codes, what was printed as errors, and how long it took after the processes were up."""
+    capfd.readouterr()
+    started = time.monotonic()
+    codes = jobs.run_job(processes, work, *arguments, timeout=60)
+    return codes, capfd.readouterr().err, time.monotonic() - started
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_process_cannot_go_on_from_ends_all_with_its_one_line(rank, capfd):
+    codes, err, _ = ends_of(3, jobs.fail_in_one, rank, "user error", capfd=capfd)
+    assert codes == [2, 2, 2]
+    assert err == "error: the folder is full of bees\n"
+
+
+def test_what_all_processes_find_is_said_once(capfd):
+    codes, err, _ = ends_of(3, jobs.fail_in_all, capfd=capfd)
+    assert codes == [2, 2, 2]
+    assert err == "error: everybody sees bees\n"
+
+
+def test_a_bug_in_one_process_shows_its_traceback_once(capfd):
+    codes, err, _ = ends_of(2, jobs.fail_in_one, 1, "bug", capfd=capfd)
+    assert codes == [1, 1]
+    assert err.count("Traceback") == 1
+    assert err.endswith("ZeroDivisionError: bees\n")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_takes_the_others_with_it(rank, capfd):
+    codes, err, _ = ends_of(2, jobs.fail_in_one, rank, "kill", capfd=capfd)
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == 1
+    assert "died without a message" in err or rank == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_done_waits_for_the_others(rank, capfd):
+    codes, err, _ = ends_of(2, jobs.leave_early, rank, capfd=capfd)
+    assert (codes, err) == ([0, 0], "")
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_script_at_once_where_nothing_is_to_save(number, capsys):
+    @script
+    def main():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == SAVED == 75
+    assert capsys.readouterr().err == f"stopped by {number.name}\n"
+
+
+def test_a_signal_waits_for_who_defers_it(capsys):
+    @script
+    def main():
+        with deferred():
+            assert received() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received() == "SIGTERM"
+        raise Stopped("saved")
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == SAVED
+    assert capsys.readouterr().err == "saved\n"
+
+
+def test_signals_are_as_before_when_a_script_is_done():
+    before = signal.getsignal(signal.SIGTERM)
+
+    @script
+    def main():
+        assert signal.getsignal(signal.SIGTERM) != before
+
+    main()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_traceback_stays_one_and_an_error_of_the_user_one_line(capsys):
+    @script
+    def broken():
+        raise KeyError("bug")
+
+    @script
+    def refused():
+        raise UserError("two\nlines")
+
+    with pytest.raises(KeyError):
+        broken()
+    with pytest.raises(SystemExit) as stop:
+        refused()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+RUN = (
+    *("run.py", "--dataset", "npz:../tiny.npz", "--arch", "resnet10w32", "--epochs", "2", "-b", "16"),
+    *("--device", "cpu", "--precision", "fp32", "--optimizer", "sgd", "--lr", "0.01", "--resume", "--watermark"),
+)
+
+
+def start(folder, processes, *arguments):
+    """A script in several processes, by the flags of 2022; their Popen objects. Alone without them."""
+    port = jobs.free_port()
+    started = []
+    for rank in range(processes):
+        flags = ["--world-size", processes, "--rank", rank, "--dist-url", f"tcp://127.0.0.1:{port}"]
+        line = [sys.executable, ROOT / arguments[0], *arguments[1:], *(flags if processes > 1 else [])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(list(map(str, line)), cwd=folder, env=environment, **pipes))
+    return started
+
+
+def finish(started):
+    """Exit codes, outputs and errors."""
+    ended = [one.communicate(timeout=120) for one in started]
+    return [one.returncode for one in started], *zip(*ended, strict=True)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(processes, tmp_path, write_npz):
+    """A signal to one of its processes within the second epoch; the weights are those of an undisturbed run."""
+    write_npz(train=128, test=8)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    codes, _, errors = finish(start(whole, processes, *RUN))
+    assert codes == [0] * processes, errors
+    started = start(cut, processes, *RUN)
+    wait_for(lambda: [*cut.rglob("metrics.jsonl")])  # written after the first epoch
+    started[-1].send_signal(signal.SIGUSR1)
+    codes, _, errors = finish(started)
+    assert codes == [SAVED] * processes
+    (message,) = [text for text in errors if text]
+    assert message.startswith("stopped at step ")
+    assert message.count("\n") == 1
+    held = torch.load(next(cut.rglob("checkpoint.pth.tar")))
+    assert held["epoch"] == 1
+    assert 0 <= held["begun"]["step"] < 8
+    codes, outputs, _ = finish(start(cut, processes, *RUN))
+    assert codes == [0] * processes
+    assert f"resumed after epoch 1, step {held['begun']['step']}" in outputs[0] or held["begun"]["step"] == 0
+    ends = [torch.load(next(folder.rglob("checkpoint.pth.tar"))) for folder in (whole, cut)]
+    for part in ("state_dict", "watermark_state_dict"):
+        for key, value in ends[0][part].items():
+            assert torch.equal(value, ends[1][part][key]), key
+    lines = [next(folder.rglob("metrics.jsonl")).read_text().splitlines() for folder in (whole, cut)]
+    assert len(lines[0]) == len(lines[1]) == 2
+    # A run that is finished has nothing to do.
+    codes, outputs, _ = finish(start(cut, processes, *RUN))
+    assert codes == [0] * processes
+    assert "has all 2 epochs already" in outputs[0]
