@@ -9,17 +9,14 @@ one query an image, or with `prototype`, the mean of the V answers.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from data_aug.pictures import Views, stream
 from torch import Tensor
 
 from data_aug.augment import random_views, send
 from data_aug.datasets import load_queries, to_float
+from data_aug.pictures import Views, stream
 from distributed import Part, share
 from utils import UserError, generator
 
@@ -93,9 +90,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class QuerySet:
-    """An attacker's images, uint8 (N, 3, H, W), their labels and indices (N,) in the split that they are from."""
+    """An attacker's images, uint8 (N, 3, H, W) or streamed, their labels and indices (N,) in the split they are of."""
 
-    images: Tensor
+    images: "Tensor | Streamed"
     labels: Tensor
     indices: Tensor
     dataset: str
@@ -165,7 +162,7 @@ class Answered:
             # One answer for each image from here on, whichever of its views is shown.
             self.answers = mean if self.plan.useaug else mean.repeat(self.plan.n_views, 1)
 
-    def load(self, batches: Sequence[Tensor]) -> Iterable[Tensor]:
+    def load(self, batches: Sequence[Tensor], epoch: int) -> Iterable[Tensor]:
         """What `batch` takes for each of the batches of indices (B,)."""
         return batches
 
@@ -196,18 +193,28 @@ def augmented(own: Tensor, targets: Tensor, count: int, plan: Plan, draws: torch
 
 @dataclass
 class Streamed:
-    """An attacker's images that are read when they are needed: one view of each of `pictures` at `positions` (N,)."""
+    """Images that are read when they are needed: a view of each of those at `positions` (N,) of a set of pictures."""
 
-    views: "Views"
+    views: Views
     positions: Tensor
     workers: int
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def parts(self, parts: Sequence[slice | Tensor], device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """uint8 (B, 3, S, S) on the device for each of the parts of what there is."""
-        return stream(self.views, [self.positions[part] for part in parts], self.workers, torch.device(device))
+    def parts(self, parts: Sequence[slice | Tensor], device: torch.device, epoch: int = 0) -> Iterator[Tensor]:
+        """uint8 (B, 3, S, S) on the device for each of the parts of what there is; views may differ between epochs."""
+        positions = (self.positions[part].tolist() for part in parts)
+        items = [[(position, epoch) for position in batch] for batch in positions]
+        return stream(self.views, items, self.workers, device)
+
+    def shares(
+        self, batches: Sequence[Tensor], device: torch.device, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of indices (B,), on the CPU, each with this process's share of their images."""
+        batches = [batch.cpu() for batch in batches]  # all at once: the steps need not wait for the device
+        own = [batch[share(len(batch))] for batch in batches]
+        return zip(batches, self.parts(own, device, epoch), strict=True)
 
 
 @dataclass
@@ -220,15 +227,17 @@ class StreamedAnswers:
     index: Tensor
     device: torch.device
 
-    def load(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `batch` takes for each of the batches of indices (B,): that, and this process's images of it."""
-        own = [batch.cpu()[share(len(batch))] for batch in batches]
-        return zip(batches, self.queries.parts(own, self.device), strict=True)
+    def load(self, batches: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `batch` takes for each of the batches of indices (B,): that, and this process's images of it.
+
+        The victim was sent one view, so the views are those of epoch 0 in all epochs.
+        """
+        return self.queries.shares(batches, self.device)
 
     def batch(self, item: tuple[Tensor, Tensor], draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """As `Answered.batch`."""
         index, own = item
-        rows = self.answers[index.cpu().numpy()].astype(np.float32)
+        rows = self.answers[index.numpy()].astype(np.float32)
         targets = send(torch.from_numpy(rows), self.device)
         if not self.plan.useaug:
             return index, to_float(own), targets

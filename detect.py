@@ -27,7 +27,6 @@ from defenses import settings_of
 from defenses.detection import SCORES, Detection
 from evaluation import represent
 from models import SimCLREncoder, read_checkpoint
-from models.checkpoint import encoder_from_checkpoint
 from statistical_tests import roc
 from stopping import script
 from utils import Precision, Run, UserError, generator
@@ -227,7 +226,7 @@ def open_owner(path: Path) -> tuple[SimCLREncoder, Mapping]:
     runs.check_finished(checkpoint, path)
     if "query_digests" in checkpoint:
         raise UserError(f"{path} is a copy and may have been trained on these test images: give its victim")
-    return encoder_from_checkpoint(checkpoint, str(path)), checkpoint.get("settings", {})
+    return runs.encoder_of(checkpoint, path), checkpoint.get("settings", {})
 
 
 def row_of(args: Namespace, trained: Mapping, figures: Mapping[str, float], more: Mapping) -> dict:
@@ -248,6 +247,7 @@ def main() -> None:
     started = time.perf_counter()
     parser, args = parse()
     precision = options.set_up(args)
+    args.victim = runs.locate(args.victim, args.checkpoint_dir)
     encoder, trained = open_owner(args.victim)
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
     name = runs.run_name("detect", parser, args, ("dataset", "streams", "stream_length", "seed"))

@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from attacks import Streamed
 from data_aug.datasets import HELD_OUT, load_labelled, to_float
+from distributed import gather
 from models import SimCLREncoder
 from probes import (
     EachEpoch,
@@ -21,7 +24,7 @@ from probes import (
     logistic_regression,
     top1_top5,
 )
-from utils import Precision, UserError, seeded
+from utils import Precision, UserError, quiet, seeded
 from victim import image_digests
 
 Space = tuple[Labelled, Labelled]  # representations of training and test images
@@ -59,6 +62,20 @@ def represent(
             batch = to_float(batch.to(device)).contiguous(memory_format=precision.memory_format)
             with precision.autocast():
                 parts.append((output or encoder)(batch).float())
+    return torch.cat(parts)
+
+
+def represent_streamed(encoder: nn.Module, images: Streamed, precision: Precision, batch_size: int = 256) -> Tensor:
+    """As `represent`, of images that are streamed: (N, D) on the encoder's device, in float16 as they are many.
+
+    Each process of a job represents its share of every batch; all get all rows.
+    """
+    batches = torch.arange(len(images)).split(batch_size)
+    with tqdm(total=len(images), desc="representations", unit="img", disable=quiet(), leave=False) as bar:
+        parts = []
+        for index, own in images.shares(batches, precision.device):
+            parts.append(gather(represent(encoder, own, precision).half(), len(index)))
+            bar.update(len(index))
     return torch.cat(parts)
 
 

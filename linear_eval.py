@@ -16,8 +16,7 @@ from attacks import ATTACKS
 from data_aug.datasets import load_labelled, take_balanced
 from evaluation import Space, compare, evaluate, load_test, released_probe, represent, represent_both
 from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
-from models import SimCLREncoder, build_encoder, read_checkpoint
-from models.checkpoint import encoder_from_checkpoint
+from models import ARCHITECTURES, SimCLREncoder, build_encoder, read_checkpoint
 from probes import Labelled, classes_of, knn_accuracy, mlp_probe, top1_top5
 from simclr import SimCLR
 from stopping import script
@@ -158,7 +157,12 @@ def choose(args: Namespace) -> tuple[Path | None, dict, SimCLREncoder]:
     runs.check_finished(checkpoint, path)
     named = {flag: name for flag, name in NAMING[args.modeltype].items() if name}
     runs.check_named(checkpoint, path, args, named)
-    return path, checkpoint, encoder_from_checkpoint(checkpoint, str(path), args.arch)
+    found_by_flags = vars(args)[args.modeltype] is None
+    return (
+        path,
+        checkpoint,
+        runs.encoder_of(checkpoint, path, args.arch if found_by_flags or "arch" in args.given else None),
+    )
 
 
 def load_train(args: Namespace) -> Labelled:
@@ -220,7 +224,7 @@ def victim_of(args: Namespace, copy: Path, checkpoint: dict) -> tuple[Path, SimC
     if version is None and not args.victim:  # a copy of the 2022 code
         raise UserError(f"{copy} does not say which victim it was stolen from: give --victim PATH")
     path = args.victim or (above if above.exists() else Path(checkpoint["settings"]["victim"]))
-    encoder = encoder_from_checkpoint(read_checkpoint(path), str(path))
+    encoder = runs.encoder_of(read_checkpoint(path), path)
     if version not in (None, version_of(encoder)):
         raise UserError(
             f"{path} is not the victim that this copy was stolen from, or was trained again: give --victim PATH"
@@ -231,6 +235,8 @@ def victim_of(args: Namespace, copy: Path, checkpoint: dict) -> tuple[Path, SimC
 def independent_of(args: Namespace, victim: Path, encoder: SimCLREncoder) -> tuple[str, SimCLREncoder]:
     """An encoder that has nothing to do with the victim, and what to call it."""
     if args.independent == "random":
+        if encoder.arch not in ARCHITECTURES:
+            raise UserError(f"{victim} is a {encoder.arch}, of which none is made here: give --independent PATH")
         with seeded(args.seed, "independent"):
             return "random", build_encoder(encoder.arch)
     settings = read_checkpoint(victim).get("settings", {})
@@ -244,7 +250,7 @@ def independent_of(args: Namespace, victim: Path, encoder: SimCLREncoder) -> tup
     )
     checkpoint = read_checkpoint(path)
     runs.check_finished(checkpoint, Path(path))
-    return str(path), encoder_from_checkpoint(checkpoint, str(path))
+    return str(path), runs.encoder_of(checkpoint, Path(path))
 
 
 @script
@@ -253,6 +259,9 @@ def main() -> None:
     parser, args = parse()
     precision = options.set_up(args)
     device = precision.device
+    for name in ("victim", "stolen"):
+        if vars(args)[name]:
+            setattr(args, name, runs.locate(vars(args)[name], args.checkpoint_dir))
     path, checkpoint, encoder = choose(args)
     encoder = encoder.to(device, memory_format=precision.memory_format)
     train = load_train(args)

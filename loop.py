@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +51,9 @@ class Loop:
 
     `config` is what config.yml says, `extra` what every checkpoint holds besides weights and optimizer. `companion` is
     what is trained with the model: a copy's heads for SimSiam's loss, or a victim's watermark. With `resume` a run that
-    was killed goes on from its last finished epoch, one that was told to stop from the step where it stopped, and draws
-    what it would have drawn. In a job of several processes a batch is the job's, and the weights are, but for rounding,
-    those of one process.
+    was killed (or the one of the file that it names) goes on from its last finished epoch, one that was told to stop
+    from the step where it stopped, and draws what it would have drawn. In a job of several processes a batch is the
+    job's, and the weights are, but for rounding, those of one process.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Loop:
         precision: Precision,
         config: Mapping | None = None,
         extra: Mapping | None = None,
-        resume: bool = False,
+        resume: bool | Path = False,
         clear: bool = True,
         companion: SimSiamHeads | WatermarkMLP | None = None,
     ):
@@ -78,20 +79,21 @@ class Loop:
         self.first_epoch = 0
         self.matched = math.inf  # the spread of what the features have to match, if anything
         self.resumed: dict = {}
-        if resume and run.checkpoint.exists():
-            self._load(read_checkpoint(run.checkpoint))
+        source = resume if isinstance(resume, Path) else run.checkpoint
+        if isinstance(resume, Path) or (resume and source.exists()):
+            self._load(read_checkpoint(source), str(source))
         self._call = None
 
     def fit(
         self,
         count: int,
         losses_of: Callable[[int], BatchLoss],
-        load: Callable[[Sequence[Tensor]], Iterable[Any]] = iter,
+        load: Callable[[Sequence[Tensor], int], Iterable[Any]] = lambda batches, epoch: batches,
     ) -> None:
         """Train for the epochs that are left on `count` images.
 
-        `losses_of(epoch)` gives what a batch's loss is in that epoch; `load` takes the indices (B,) of the batches to
-        come and gives one after the other what that loss takes.
+        `losses_of(epoch)` gives what a batch's loss is in that epoch; `load` takes the indices (B,) of an epoch's
+        batches and gives one after the other what that loss takes.
         """
         training, device = self.training, self.precision.device
         steps = count // training.batch_size
@@ -107,9 +109,10 @@ class Loop:
                 order = torch.randperm(count, generator=generator(training.seed, "order", epoch)).to(device)
                 batches = order[: steps * training.batch_size].split(training.batch_size)[begun["step"] :]
                 draws = Draws(training.seed, epoch, begun["draws"])
-                watch = Watch(self.run, epoch, steps, training.log_every_n_steps, device, self.matched, begun["seen"])
+                looks = (training.log_every_n_steps, device, self.matched, begun["seen"], training.print_freq)
+                watch = Watch(self.run, epoch, steps, *looks)
                 started = time.perf_counter()
-                with self._bar(epoch, steps) as bar, contextlib.closing(_closable(load(batches))) as items:
+                with self._bar(epoch, steps) as bar, contextlib.closing(_closable(load(batches, epoch))) as items:
                     bar.update(begun["step"] * training.batch_size)
                     for step, item in enumerate(items, begun["step"]):
                         self._stop_if_told(epoch, step, draws, watch, lr, bar)
@@ -235,10 +238,13 @@ class Loop:
             content[self.companion.kept_as] = self.companion.state_dict()
         save_checkpoint(content, self.run.checkpoint)
 
-    def _load(self, checkpoint: dict) -> None:
-        load_checked(self.model, checkpoint["state_dict"], str(self.run.checkpoint))
+    def _load(self, checkpoint: dict, source: str) -> None:
+        missing = {"state_dict", "optimizer", "scaler", "epoch"} - checkpoint.keys()
+        if missing:
+            raise UserError(f"{source} is not the checkpoint of a run, it has no {', '.join(sorted(missing))}")
+        load_checked(self.model, checkpoint["state_dict"], source)
         if self.companion:
-            load_checked(self.companion, checkpoint[self.companion.kept_as], str(self.run.checkpoint))
+            load_checked(self.companion, checkpoint[self.companion.kept_as], source)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.first_epoch = checkpoint["epoch"]

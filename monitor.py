@@ -1,6 +1,7 @@
 """Watching a training run without holding up the device: its loss, and whether the features collapse."""
 
 import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class Watch:
 
     That is a loss that is not finite, at its step, and features that have collapsed, at the end of the epoch.
     `matched` is the spread of what the features have to match, if anything; `seen` what `so_far` gave when an epoch was
-    interrupted.
+    interrupted. Every `print_every` steps a line says the seconds a step takes, the loss, and its mean so far.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Watch:
         device: torch.device,
         matched: float = math.inf,
         seen: tuple[list[float], list[float]] = ((), ()),
+        print_every: int | None = None,
     ):
+        self.print_every, self.started, self.begun = print_every, time.perf_counter(), len(seen[0])
         self.matched = matched
         self.run, self.epoch, self.steps, self.log_every = run, epoch, steps, log_every
-        self.interval = 1 if device.type == "cpu" else STEPS_BETWEEN_LOOKS
+        self.interval = 1 if device.type == "cpu" else min(STEPS_BETWEEN_LOOKS, print_every or STEPS_BETWEEN_LOOKS)
         self.pending: list[Tensor] = []
         self.losses, self.spreads = map(list, seen)
         self.even = 0.0  # the spread of rows that are evenly spread
@@ -67,6 +70,13 @@ class Watch:
             if (self.epoch * self.steps + step) % self.log_every == 0:
                 values = {"step/loss": loss, "step/spread": spread, "step/lr": lr}
                 self.run.scalars(self.epoch * self.steps + step, values)
+        if self.print_every and (len(self.losses) - 1) % self.print_every < len(self.pending):
+            each = (time.perf_counter() - self.started) / (len(self.losses) - self.begun)
+            mean = sum(self.losses) / len(self.losses)
+            self.run.say(
+                f"Epoch: [{self.epoch}][{len(self.losses) - 1}/{self.steps}]  Time {each:.3f}  "
+                f"Loss {self.losses[-1]:.4f} ({mean:.4f})"
+            )
         self.pending.clear()
         bar.set_postfix(loss=f"{self.losses[-1]:.4f}", spread=f"{self.spreads[-1]:.4f}", lr=f"{lr:.3g}")
 

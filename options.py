@@ -53,6 +53,11 @@ def switch(text: str) -> bool:
     return text.lower() == "true"
 
 
+def switch_or_path(text: str) -> bool | Path:
+    """True, False or a path; nothing, as the 2022 command lines had it, is False."""
+    return switch(text) if text.lower() in ("true", "false") else Path(text) if text else False
+
+
 def count(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
@@ -98,8 +103,12 @@ def add_data_options(parser: Parser, **flags: str) -> None:
         )
 
 
-def add_run_options(parser: Parser, recipe: bool = True, job: bool = False) -> None:
-    """Where and how a script runs; none of these changes what is computed. Some scripts run as one `job` of many."""
+def add_run_options(parser: Parser, recipe: bool = True, job: bool = False, streamed: bool = False) -> None:
+    """Where and how a script runs; none of these changes what is computed.
+
+    Some scripts run as one `job` of many processes; those whose images are `streamed` have processes that read them,
+    and take a file to resume from.
+    """
     group = parser.add_argument_group("run")
     group.add_argument(
         "--checkpoint-dir", metavar="DIR", type=Path, default=Path("checkpoints"), help="root of all runs"
@@ -122,10 +131,23 @@ def add_run_options(parser: Parser, recipe: bool = True, job: bool = False) -> N
     )
     group.add_argument("--fp16-precision", action="store_true", help="the same as --precision fp16")
     group.add_argument("--seed", type=int, default=0, help="seed of every random draw")
-    group.add_argument(
-        "-j", "--workers", metavar="N", type=count, default=None, help="CPU threads (default: all cores)"
-    )
-    add_switch(group, "--resume", False, "go on with the run of the same name, or do nothing if it is finished")
+    resumed = "go on with the run of the same name, or do nothing if it is finished"
+    if streamed:
+        group.add_argument("-j", "--workers", metavar="N", type=int, default=8, help="processes that read images, or 0")
+        group.add_argument(
+            "--resume",
+            metavar="True|False|PATH",
+            type=switch_or_path,
+            nargs="?",
+            const=True,
+            default=False,
+            help=f"{resumed}; or go on from that file",
+        )
+    else:
+        group.add_argument(
+            "-j", "--workers", metavar="N", type=count, default=None, help="CPU threads (default: all cores)"
+        )
+        add_switch(group, "--resume", False, resumed)
     add_switch(group, "--clear", True, "delete the log, metrics and events of an earlier run of the same name")
     if job:
         add_job_options(parser)
@@ -136,6 +158,69 @@ def add_run_options(parser: Parser, recipe: bool = True, job: bool = False) -> N
             default="standard",
             help="released: the schedule, re-asking and evaluation protocol of the 2022 code",
         )
+
+
+def add_picture_options(parser: Parser, **flags: str) -> None:
+    """--data, the size of views, and one data set flag for each keyword: images of any size, ImageNet too."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "-data",
+        "--data",
+        metavar="DIR",
+        type=Path,
+        default=Path("datasets"),
+        help="data root; ImageNet is there or in its folder imagenet, with train/ and val/",
+    )
+    group.add_argument("--size", metavar="N", type=count, default=224, help="side of the views, in pixels")
+    for name, text in flags.items():
+        group.add_argument(
+            f"--{name}",
+            metavar="NAME",
+            type=picture_name,
+            default="cifar10",
+            help=f"{text}: imagenet, {', '.join(DATASETS)}, folder:PATH or npz:PATH",
+        )
+
+
+def picture_name(text: str) -> str:
+    try:
+        return check_name({"fmnist": "fashionmnist"}.get(text, text), "imagenet")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+LARGE = [name.removesuffix("-imagenet") for name in ARCHITECTURES if name.endswith("-imagenet")]
+
+
+def add_large_arch(parser: argparse._ActionsContainer, *flags: str, text: str, default: str | None) -> None:
+    """An architecture with the stem of ImageNet, without that in its name."""
+    parser.add_argument(*flags, choices=LARGE, default=default, help=text)
+
+
+def add_sgd_options(parser: Parser, batch_size: int) -> argparse._ArgumentGroup:
+    """SGD as ImageNet scale has it: a rate for 256 images, a cosine from the first epoch on, LARS."""
+    group = parser.add_argument_group("training")
+    group.add_argument("-b", "--batch-size", metavar="N", type=count, default=batch_size, help="images in a batch")
+    group.add_argument(
+        "--lr", "--learning-rate", metavar="LR", type=positive, default=0.1, help="learning rate for 256 images"
+    )
+    group.add_argument("--momentum", metavar="M", type=float, default=0.9, help="momentum")
+    group.add_argument(
+        "--wd", "--weight-decay", metavar="WD", type=float, dest="weight_decay", default=0.0, help="weight decay"
+    )
+    group.add_argument("--lars", action="store_true", help="scale each layer's step by its weights")
+    group.add_argument("--start-epoch", metavar="N", type=int, default=0, help="epoch to begin with")
+    group.add_argument("-p", "--print-freq", metavar="N", type=count, default=10, help="steps between lines")
+    group.add_argument("-e", "--evaluate", action="store_true", help="judge only, by the layer that was trained")
+    group.add_argument("--log-every-n-steps", metavar="N", type=count, default=200, help="steps between loss events")
+    group.add_argument("--logdir", metavar="DIR", type=Path, help="folder for tensorboard events (default: the run's)")
+    return group
+
+
+def sgd_training(args: argparse.Namespace) -> Training:
+    """What the trainer takes of `add_sgd_options`: the rate is `lr` * batch size / 256."""
+    lr = args.lr * args.batch_size / 256
+    return dataclasses.replace(training(args), lr=lr, optimizer="lars" if args.lars else "sgd", flat_epochs=0)
 
 
 def add_job_options(parser: Parser) -> None:
@@ -355,7 +440,7 @@ def set_up(args: argparse.Namespace) -> Precision:
         args.precision = "fp16"
     if "gpu_index" in args.given and args.device != "auto":
         raise UserError(f"--gpu-index has no effect with --device {args.device}: leave it out")
-    if args.workers:
+    if args.workers and not hasattr(args, "print_freq"):  # where images are streamed these are processes
         torch.set_num_threads(args.workers)
     if place and "gpu_index" in args.given:
         raise UserError(f"--gpu-index has no effect with {place.processes} processes, each takes its own: leave it out")

@@ -19,7 +19,7 @@ from victim import Ledger, version_of
 # Where a run happens, not what it computes: never part of its name.
 _ELSEWHERE = {"data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
 _ELSEWHERE |= {"fp16_precision", "log_every_n_steps", "victim", "stolen", "independent"}
-_ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"}
+_ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed", "print_freq"}
 _BOOKKEEPING = {"given", "presets"}
 _SPELT = {"num_queries": "{}q", "epochs": "{}ep", "seed": "seed{}"}
 
@@ -44,8 +44,25 @@ def home_of(checkpoint: Path, root: Path) -> Path:
     """The folder below which runs about an encoder go: its own run's, or one under `root` for a file from elsewhere."""
     if (checkpoint.parent / "config.yml").exists():
         return checkpoint.parent
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:8]
-    return root / f"{checkpoint.name.split('.')[0]}-{digest}"
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return root / f"{checkpoint.absolute().name.split('.')[0]}-{digest.hexdigest()[:8]}"
+
+
+def locate(path: Path, root: Path) -> Path:
+    """The checkpoint, or another library's folder, that is named: by its path, or by its run's folder below `root`.
+
+    UserError when several runs have that name; a path that is nowhere comes back as it is.
+    """
+    if path.is_file() or (path.is_dir() and not (path / "checkpoint.pth.tar").exists()):
+        return path
+    places = [path] if path.is_dir() else [root / path, *root.rglob(path.name)]
+    files = {place / "checkpoint.pth.tar" for place in places if place.parts[-len(path.parts) :] == path.parts}
+    found = sorted(file for file in files if file.exists())
+    if len(found) > 1:
+        raise UserError(f"several runs are named {path}: {', '.join(map(str, found))}: give the path of one")
+    return found[0] if found else path
 
 
 def configuration(kind: str, args: argparse.Namespace, precision: Precision) -> dict:
@@ -132,13 +149,26 @@ def open_victim(args: argparse.Namespace) -> tuple[Path, SimCLREncoder]:
     if watermark:
         wanted["watermark"] = True
     preferred = {"seed": args.seed, "recipe": getattr(args, "recipe", "standard"), "watermark": watermark}
-    path = args.victim or find_run(args.checkpoint_dir, "victim", wanted, preferred)
+    if args.victim:
+        path = locate(args.victim, args.checkpoint_dir)
+    else:
+        path = find_run(args.checkpoint_dir, "victim", wanted, preferred)
     checkpoint = read_checkpoint(path)
     check_finished(checkpoint, path)
     # The data set decides which images may be queried, so it has to be right even where no flag names it.
-    named = {"dataset": "dataset", "epochstrain": "epochs", "lossvictim": "losstype"}
-    check_named(checkpoint, path, args, named, always=("dataset",))
-    return path, encoder_from_checkpoint(checkpoint, str(path), args.arch)
+    flags = {"dataset": "dataset", "epochstrain": "epochs", "lossvictim": "losstype"}
+    check_named(checkpoint, path, args, flags, always=("dataset",))
+    encoder = encoder_of(checkpoint, path, args.arch if "arch" in args.given or not args.victim else None)
+    args.arch = encoder.arch
+    return path, encoder
+
+
+def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimCLREncoder:
+    """The encoder of a checkpoint that was read; prints what a file that no run here wrote was taken for."""
+    encoder = encoder_from_checkpoint(checkpoint, str(path), arch)
+    if "settings" not in checkpoint:
+        print(f"{path}: {encoder.report}")
+    return encoder
 
 
 def queries_of(args: argparse.Namespace, count: int) -> QuerySet:
@@ -155,17 +185,18 @@ def open_copy(
     victim: tuple[Path, SimCLREncoder],
     queries: QuerySet,
     precision: Precision,
+    kind: str = "stolen",
 ) -> tuple[Run, dict, dict]:
     """The run of an attack on that victim, what its config.yml says and its checkpoints hold; prints what is done."""
     implied = ("dataset", "arch", "epochstrain", "lossvictim")
-    name = run_name("stolen", parser, args, [*core, "num_queries", "epochs", "seed"], implied)
-    config = configuration("stolen", args, precision)
+    name = run_name(kind, parser, args, [*core, "num_queries", "epochs", "seed"], implied)
+    config = configuration(kind, args, precision)
     path, encoder = victim
     config["settings"]["victim"] = str(path)
     print(f"victim: {path}")
     print(f"copy: {args.archstolen}, {len(queries.images)} images of {queries.dataset} ({queries.split}), {precision}")
     print(in_force(args))
-    extra = {"kind": "stolen", "settings": config["settings"], **queries.record(), "stolen_from": version_of(encoder)}
+    extra = {"kind": kind, "settings": config["settings"], **queries.record(), "stolen_from": version_of(encoder)}
     return Run(home_of(path, args.checkpoint_dir) / name, args.logdir), config, extra
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from victim import Purchases, Victim, as_tensor, digest_tensor
 
 
 class SimCLR(Loop):
-    """Trains `model`, in place, by `train`, `train_head` or `steal`; see `loop.Loop` for what it is made of."""
+    """Trains `model`, in place, by `train`, `train_head`, `steal` or `read_out`; `loop.Loop` says by what."""
 
     def __init__(self, model: torch.nn.Module, *args, **options):
         super().__init__(model, *args, **options)
@@ -32,7 +32,7 @@ class SimCLR(Loop):
         self.untrained = copy.deepcopy(model) if self.training.max_coverage is not None else None
         self.sources: dict[str, Tensor] = {}  # for each account, the image that each of its queries was of
 
-    # ---- the three jobs ----
+    # ---- its jobs ----
 
     def train(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Train an encoder with a head on random views of uint8 images (N, 3, H, W), by a loss of `loss.TRAIN_LOSSES`.
@@ -141,7 +141,7 @@ class SimCLR(Loop):
             def batch_loss(item: Tensor | tuple[Tensor, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
                 index, shown, targets = held.batch(item, draws["views"])
                 if self.companion:
-                    own = targets[Part.of(len(index), plan.views, index.device).own]
+                    own = targets[Part.of(len(index), plan.views, targets.device).own]
                     with torch.no_grad():
                         targets = self.features(self.companion.project, own, plan.views)
                     features = self.features(lambda x: self.companion.predict(self.model.output(x)), shown, plan.views)
@@ -151,8 +151,39 @@ class SimCLR(Loop):
 
             return batch_loss
 
-        self.fit(len(index), losses_of, once.load if once else iter)
+        self.fit(len(index), losses_of, *([once.load] if once else []))
         self._forget_answers()
+
+    def read_out(
+        self,
+        images: Tensor | Streamed,
+        labels: Tensor,
+        encoder: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Train a classifier by cross-entropy on rows (N, D) with labels (N,): representations of a frozen encoder.
+
+        Of images that are streamed the `encoder` in eval mode makes them anew in every epoch, from the views of it.
+        """
+        device = self.precision.device
+        self._check_batch(len(labels))
+        if not self.start():
+            return
+        labels = labels.to(device)
+        self.matched = 0.0  # scores of few classes may be alike without having collapsed
+        held = images if isinstance(images, Streamed) else images.to(device)
+
+        def batch_loss(item: Tensor | tuple[Tensor, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
+            if isinstance(item, Tensor):
+                index, own = item, held[item[Part.of(len(item), 1, device).own]].float()
+            else:
+                index, own = item[0], represent(encoder, item[1], self.precision)
+            logits = self.features(self.model, own)
+            return F.cross_entropy(logits, labels[index]), logits
+
+        def load(batches: list[Tensor], epoch: int) -> Iterable:
+            return images.shares(batches, device, epoch) if isinstance(images, Streamed) else batches
+
+        self.fit(len(labels), lambda epoch: batch_loss, load)
 
     def _ask(
         self,
@@ -178,7 +209,8 @@ class SimCLR(Loop):
         """Buy the answers to images that don't fit in memory; they stay in the file that keeps them, as float16."""
         purchases = Purchases(victim, keep, dtype=np.float16)
         spreads = []
-        for answers in purchases.ask_each(len(queries), queries.parts):
+        parts = functools.partial(queries.parts, device=self.precision.device)
+        for answers in purchases.ask_each(len(queries), parts):
             spreads.append(spread_of(answers).item())
         if not self.companion:
             self.matched = max(spreads)

@@ -167,6 +167,8 @@ class _Membership:
                 if self.rank == 0:
                     seen = [self._sign_of(other, *seen[other]) for other in range(self.processes)]
             except (RuntimeError, dist.DistNetworkError):  # the process that holds the store is gone
+                if _Signals.received:
+                    return  # as it was told to; this one has yet to save
                 if not self.leaving.wait(LOOK_EVERY):
                     self._end(1, "")
 
@@ -180,6 +182,7 @@ class _Membership:
     def fail(self, code: int, text: str | None) -> None:
         """End this process, and with it the job: with this text if no other process failed before."""
         self.leaving.set()
+        said = self.rank > 0  # without a store to ask, the first process speaks
         with contextlib.suppress(RuntimeError):
             if text is None or code == 1:  # perhaps only because another one failed: let it speak first
                 time.sleep(2 * LOOK_EVERY)
@@ -187,9 +190,8 @@ class _Membership:
                 self.store.wait(["failed"], timedelta(seconds=5))
                 self._follow()
             self.store.set("failed", str(code))
-        if text is None:
-            text = traceback.format_exc()
-        self._end(code, text)
+            said = False
+        self._end(code, "" if said else traceback.format_exc() if text is None else text)
 
     def _follow(self) -> None:
         """End as the process that failed first."""

@@ -36,6 +36,7 @@ class Training:
     flat_epochs: int = 10
     recipe: str = "standard"
     log_every_n_steps: int = 200
+    print_freq: int | None = None  # steps between lines on a step's loss
 
     def plan(self, loss: Loss, budget: int = 0) -> Plan:
         """How an attack by this loss asks and shows; `budget` is the number of images that it may ask about."""

@@ -18,7 +18,6 @@ import options
 import runs
 from defenses.dataset_inference import COMPONENTS
 from models import read_checkpoint
-from models.checkpoint import encoder_from_checkpoint
 from ownership import METHODS, Figures, Judged, dataset_of
 from statistical_tests import roc
 from stopping import script
@@ -79,7 +78,7 @@ def open_all(args: Namespace) -> list[Judged]:
         checkpoint = read_checkpoint(path)
         if kind != "suspect":  # a thief may have stopped early
             runs.check_finished(checkpoint, path)
-        encoders.append(Judged(kind, path, checkpoint, encoder_from_checkpoint(checkpoint, str(path))))
+        encoders.append(Judged(kind, path, checkpoint, runs.encoder_of(checkpoint, path)))
     stolen_from = version_of(encoders[0].encoder)
     for one in encoders:
         if one.kind == "independent" and stolen_from in (version_of(one.encoder), one.checkpoint.get("stolen_from")):
@@ -193,6 +192,7 @@ def main() -> None:
     started = time.perf_counter()
     parser, args = parse()
     precision = options.set_up(args)
+    args.victim = runs.locate(args.victim, args.checkpoint_dir)
     encoders = open_all(args)
     measure, counts = METHODS[args.method][0](args, encoders, precision)
     run = run_of(parser, args)

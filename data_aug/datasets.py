@@ -8,6 +8,7 @@ writes ./datasets/cifar10.npz, the form for machines without internet.
 import argparse
 import contextlib
 import io
+import os
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -18,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from data_aug.shapes import make_shapes, make_textures
 from stopping import script
 from utils import UserError, atomic_path, generator
 
-SIZE = 32  # every data set comes as SIZE x SIZE images
+SIZE = 32  # every data set comes as SIZE x SIZE images, unless another size is asked for
 HELD_OUT = 1000  # test images that an attacker of the victim's own data set never queries
 DOWNLOAD_TIMEOUT = 30  # seconds of silence after which a data host counts as unreachable
 
@@ -38,20 +39,20 @@ class _Published:
     folder: str
     splits: Mapping[str, dict]
 
-    def load(self, name: str, root: Path, split: str) -> tuple[Tensor, Tensor]:
+    def load(self, name: str, root: Path, split: str, size: int | None) -> tuple[Tensor, Tensor]:
         import torchvision  # here, because it takes seconds and most runs read an npz file or make their data
 
         arguments = self.splits[split]
         constructor = getattr(torchvision.datasets, self.class_name)
         for place in (root / self.folder, root):
             with contextlib.suppress(RuntimeError, OSError):
-                return _to_tensors(constructor(str(place), **arguments, download=False))
+                return _to_tensors(constructor(str(place), **arguments, download=False), size)
         place = root / self.folder
         patience = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            return _to_tensors(constructor(str(place), **arguments, download=True))
+            return _to_tensors(constructor(str(place), **arguments, download=True), size)
         except (RuntimeError, OSError) as error:
             with contextlib.suppress(OSError):
                 place.rmdir()  # only if the download left nothing there
@@ -86,11 +87,12 @@ DATASETS = {
 }
 
 
-def check_name(name: str) -> str:
-    """The name itself if such a data set can be loaded; UserError naming those that can."""
+def check_name(name: str, *more: str) -> str:
+    """The name itself if it is one of `more` or such a data set can be loaded; UserError naming those that can."""
     form, _, path = name.partition(":")
-    if name not in DATASETS and not (form in FORMS and path):
-        raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}, folder:PATH or npz:PATH")
+    known = (*more, *DATASETS)
+    if name not in known and not (form in FORMS and path):
+        raise UserError(f"unknown data set {name!r}: choose from {', '.join(known)}, folder:PATH or npz:PATH")
     return name
 
 
@@ -99,26 +101,30 @@ def unlabelled_split(name: str) -> str:
     return "unlabeled" if name == "stl10" else "train"
 
 
-def load_dataset(name: str, root: str | Path = "datasets", split: str = "train") -> tuple[Tensor, Tensor]:
-    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of a data set's split, on the CPU.
+def load_dataset(
+    name: str, root: str | Path = "datasets", split: str = "train", size: int | None = SIZE
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, 3, size, size) and labels int64 (N,) of a data set's split, on the CPU.
 
     `<root>/<name>.npz` is taken if it is there, else torchvision's files, downloaded when absent; `npz:PATH` is such a
     file elsewhere; `folder:PATH` reads the images in PATH's class sub-folders; `shapes` and `textures` are made. Images
-    without a class, such as an attacker's, have the label -1. Other sizes are resized with antialiasing. UserError when
-    the data cannot be had; it says what was sought where and how to provide it.
+    without a class, such as an attacker's, have the label -1. Other sizes are resized with antialiasing; with `size`
+    None they stay as stored, which a folder's cannot: ValueError. UserError when the data cannot be had; it says what
+    was sought where and how to provide it.
     """
     check_name(name)
     root = Path(root)
     form, _, path = name.partition(":")
     if form in FORMS:
-        return FORMS[form](Path(path).expanduser(), split)
+        return FORMS[form](Path(path).expanduser(), split, size)
     source = DATASETS[name]
     if not isinstance(source, _Published):
-        return source(split)
+        images, labels = source(split)
+        return _resize(images, size), labels
     offline = root / f"{name}.npz"
     if offline.exists():
-        return _load_npz(offline, split)
-    return source.load(name, root, split)
+        return _load_npz(offline, split, size)
+    return source.load(name, root, split, size)
 
 
 def load_labelled(name: str, root: str | Path, split: str) -> tuple[Tensor, Tensor]:
@@ -183,26 +189,27 @@ def to_float(images: Tensor) -> Tensor:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _to_tensors(dataset) -> tuple[Tensor, Tensor]:
+def _to_tensors(dataset, size: int | None) -> tuple[Tensor, Tensor]:
     """A torchvision data set's arrays: N x H x W [x 3] or, for STL-10 and SVHN, N x 3 x H x W."""
     images = torch.as_tensor(np.asarray(dataset.data))
     labels = torch.as_tensor(np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets)).long()
     if images.ndim == 3:
         # 28 x 28 digits: a black frame keeps them sharp where resizing would blur them.
-        images = F.pad(images, [(SIZE - images.shape[-1]) // 2] * 4)[:, None].expand(-1, 3, -1, -1)
+        frame = 0 if size is None else (SIZE - images.shape[-1]) // 2
+        images = F.pad(images, [frame] * 4)[:, None].expand(-1, 3, -1, -1)
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2)
-    return _resize(images.contiguous()), labels
+    return _resize(images.contiguous(), size), labels
 
 
-def _resize(images: Tensor) -> Tensor:
-    if images.shape[-2:] == (SIZE, SIZE):
+def _resize(images: Tensor, size: int | None) -> Tensor:
+    if size is None or images.shape[-2:] == (size, size):
         return images
-    parts = [F.interpolate(part.float(), (SIZE, SIZE), mode="bilinear", antialias=True) for part in images.split(1024)]
+    parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True) for part in images.split(1024)]
     return torch.cat([part.round_().clamp_(0, 255).to(torch.uint8) for part in parts])
 
 
-def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
+def _load_npz(path: Path, split: str, size: int | None) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise UserError(f"no file {path}: npz:PATH wants arrays x_train, y_train, x_test, y_test")
     try:
@@ -221,66 +228,97 @@ def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
         )
     if len(images) == 0:
         raise UserError(f"{path}: x_{split} has no images")
-    return _resize(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()), torch.from_numpy(labels).long()
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return _resize(images, size), torch.from_numpy(labels).long()
 
 
-def _load_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images below `folder`/<class>/, or below `folder`/train/<class>/ and `folder`/{test,val}/<class>/.
+def _load_folder(folder: Path, split: str, size: int | None) -> tuple[Tensor, Tensor]:
+    if size is None:
+        raise ValueError(f"the images in {folder} have no size in common: data_aug.pictures reads them one by one")
+    place, names, labels = folder_files(folder, split)
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        images = list(pool.map(lambda name: _read_square(place / name, size), names))
+    return torch.stack(images), labels
 
+
+def folder_files(folder: Path, split: str) -> tuple[Path, list[str], Tensor]:
+    """A folder, the names below it of a split's N images, and their labels int64 (N,), -1 where there are no classes.
+
+    Images are sought below `folder`/<class>/, or below `folder`/train/<class>/ and `folder`/{test,val}/<class>/.
     Without such split folders every tenth image of each class, drawn by a fixed seed, is the test split. Where there
-    are no class folders, the images in the folder itself are taken, and have no labels.
+    are no class folders, the images in the folder itself are taken. UserError when there are none.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: folder:PATH wants a folder of images or of class sub-folders")
     if (folder / "train").is_dir():
-        names = ("train",) if split == "train" else ("test", "val")
-        place = next((folder / name for name in names if (folder / name).is_dir()), None)
+        places = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
+        wanted = ("train",) if split == "train" else ("test", "val")
+        place = next((places[name] for name in wanted if name in places), None)
         if place is None:
-            raise UserError(f"{folder} has a sub-folder train but none of {', '.join(names)}")
-        files, labels = _image_files(place)
-        kept = range(len(files))
-    else:
-        files, labels = _image_files(folder)
-        test = set()
-        for label in set(labels):
-            members = torch.tensor([i for i, other in enumerate(labels) if other == label])
-            order = torch.randperm(len(members), generator=generator(0, "folder split"))
-            test.update(members[order[: len(members) // 10]].tolist())
-        kept = [i for i in range(len(files)) if (i in test) == (split == "test")]
-    if not kept:
+            raise UserError(f"{folder} has a sub-folder train but none of {', '.join(wanted)}")
+        return place, *image_files(place, *places.values())
+    names, labels = image_files(folder)
+    test = torch.zeros(len(names), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator(0, "folder split"))
+        test[members[order[: len(members) // 10]]] = True
+    kept = (test == (split == "test")).nonzero()[:, 0]
+    if len(kept) == 0:
         raise UserError(
             f"no images for the {split} split below {folder}: a tenth of each class is held out for the test"
         )
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        images = list(pool.map(_read_image, [files[i] for i in kept]))
-    return torch.stack(images), torch.tensor([labels[i] for i in kept])
+    return folder, [names[i] for i in kept.tolist()], labels[kept]
 
 
-def _image_files(folder: Path) -> tuple[list[Path], list[int]]:
+def image_files(folder: Path, *splits: Path) -> tuple[list[str], Tensor]:
+    """Names of the N images below a folder, class by class, and their labels int64 (N,), -1 without class sub-folders.
+
+    A class is numbered among the sub-folders of the folder and of the data set's other `splits`, so that a split that
+    lacks a class numbers the rest as the others do. No file is opened. UserError when there are no images.
+    """
     endings = Image.registered_extensions()
 
-    def images(place: Iterator[Path]) -> list[Path]:
-        return sorted(path for path in place if path.suffix.lower() in endings)
+    def images(below: str, deep: bool = True) -> Iterator[str]:
+        # A listing says what is a folder. Asking about each of a million files would take minutes.
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                name = os.path.join(below, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    yield from images(name) if deep else ()
+                elif os.path.splitext(name)[1].lower() in endings:
+                    yield name
 
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    labelled = [(path, label) for label, place in enumerate(classes) for path in images(place.rglob("*"))]
-    found = labelled or [(path, -1) for path in images(folder.iterdir())]
+    def in_order(names: Iterator[str]) -> list[str]:
+        return sorted(names, key=lambda name: name.split(os.sep))
+
+    classes = {place: {entry.name for entry in os.scandir(place) if entry.is_dir()} for place in (folder, *splits)}
+    number = {name: i for i, name in enumerate(sorted(set().union(*classes.values())))}
+    labelled = [(name, number[label]) for label in sorted(classes[folder]) for name in in_order(images(label))]
+    found = labelled or [(name, -1) for name in in_order(images("", deep=False))]
     if not found:
-        raise UserError(f"no images below {folder}: folder:PATH wants images, or sub-folders of them for each class")
-    files, labels = zip(*found, strict=True)
-    return list(files), list(labels)
+        raise UserError(f"no images below {folder}: images are wanted there, or sub-folders of them for each class")
+    names, labels = zip(*found, strict=True)
+    return list(names), torch.tensor(labels)
 
 
-def _read_image(path: Path) -> Tensor:
-    """One image, its shorter side resized to 32 with antialiasing, its centre cut out."""
+def read_picture(path: Path) -> Image.Image:
+    """The picture in a file, in RGB whatever its mode; UserError naming the file when it can't be read."""
     try:
         with Image.open(path) as file:
-            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path} is not an image that can be read: {error}") from None
+            if file.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip to white
+                return file.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+            return file.convert("RGB")
+    except Exception as error:  # broken files make PIL's decoders raise nearly anything
+        raise UserError(f"{path} is not an image that can be read: {' '.join(str(error).split())[:120]}") from None
+
+
+def _read_square(path: Path, size: int) -> Tensor:
+    """One image, its centre cut out and resized to size x size with antialiasing."""
+    image = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)
     side = min(image.shape[-2:])
     top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
-    return _resize(image[None, :, top : top + side, left : left + side])[0]
+    return _resize(image[None, :, top : top + side, left : left + side], size)[0]
 
 
 # Users' own data, <form>:PATH, and how they are read.

@@ -1,35 +1,95 @@
-"""Reading checkpoints: this project's and those of the 2022 code, with an exact report of what doesn't match."""
+"""Reading checkpoints: this project's, those of the 2022 code, and other people's (layouts.py, folders.py)."""
 
+import functools
+import json
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.folders import MARKS, encoder_from_folder
+from models.layouts import LAYOUTS, OWN, Layout, State, Tensors, compare_keys, describe, load_checked, with_counters
 from models.simclr import ARCHITECTURES, SimCLREncoder, build_encoder
 from utils import UserError, seeded
+
+__all__ = ["compare_keys", "encoder_from_checkpoint", "load_checked", "load_encoder", "read_checkpoint"]
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, the first that is there
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """The dictionary stored at `path`, tensors on the CPU, read without running code that the file may hold.
 
-    UserError when the file is missing, truncated, not a checkpoint or in need of more than tensors and plain types.
+    For a folder of timm or Hugging Face: its library, configurations and weights. UserError when the file is missing,
+    truncated, not a checkpoint or in need of more than tensors and plain types.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: train it first or give the path of one that exists")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
+    return content
+
+
+def _read_pickle(path: Path) -> object:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it needs {needed[1]}" if needed else _brief(error)
         raise UserError(
-            f"{path} is not a checkpoint of weights only, and nothing else is read: {_brief(error)}"
+            f"{path} is not a file of weights only ({reason}), and no file's code is run here: on a machine where you "
+            "trust it, save its tensors alone: torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read, is it truncated? {_brief(error)}") from None
+
+
+def _read_safetensors(path: Path) -> dict:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} is read by the package safetensors: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read, is it truncated? {_brief(error)}") from None
+
+
+def _read_folder(folder: Path) -> dict:
+    """What a folder of timm or Hugging Face holds, under names of our own."""
+    files = [folder / name for name in WEIGHTS if (folder / name).exists()]
+    if not files or not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} is no folder of timm or Hugging Face: it needs config.json and {' or '.join(WEIGHTS)}"
+        )
+    config, preprocessor = (_read_json(folder / f"{name}config.json") for name in ("", "preprocessor_"))
+    library = next((library for library, key in MARKS.items() if key in config), None)
+    if library is None:
+        raise UserError(f"{folder}/config.json names no network: it has none of {', '.join(MARKS.values())}")
+    state = read_checkpoint(files[0])
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{files[0]} holds more than tensors: save the network's state_dict alone")
+    return {"library": library, "config": config, "preprocessor": preprocessor, "state_dict": state}
+
+
+def _read_json(path: Path) -> dict:
+    """A file's object; an empty one when there is no file."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object of settings")
     return content
 
 
@@ -37,80 +97,103 @@ def _brief(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
-def compare_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `state` from loading where `expected` is wanted: a phrase for missing, unexpected, misshapen keys."""
-
-    def listing(kind: str, keys: list[str]) -> str:
-        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-        return f"{len(keys)} {kind}: {', '.join(keys[:6])}{more}"
-
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    return [listing(kind, keys) for kind, keys in found.items() if keys]
+# ---- which layout, which architecture ----
 
 
-def load_checked(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` strictly; UserError naming the keys that are missing, unexpected or misshapen, loading nothing."""
-    problems = compare_keys(state, module.state_dict())
-    if problems:
-        raise UserError(f"{source} does not fit {getattr(module, 'arch', 'the model')}: {'; '.join(problems)}")
-    module.load_state_dict(state)
+@functools.cache
+def _outline(factory: Callable[[], nn.Module]) -> tuple[str | None, State]:
+    """The stem and the state_dict, without numbers, of the backbones that a row of ARCHITECTURES makes."""
+    with torch.device("meta"):
+        backbone = factory()
+    return getattr(backbone, "stem", None), {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
 
 
-def _is_head(key: str) -> bool:
-    return key.startswith("backbone.fc.")
+def _outlines(layout: Layout) -> dict[str, State]:
+    """The architectures that a layout may hold, with their keys; all of them for our own."""
+    outlines = {arch: _outline(factory) for arch, factory in ARCHITECTURES.items()}
+    return {arch: keys for arch, (stem, keys) in outlines.items() if layout is OWN or stem in layout.inputs}
 
 
-def _recognise(state: Mapping[str, Tensor]) -> str | None:
-    """The architecture whose backbone has exactly the keys and shapes of `state`, whatever its head.
+def _backbone(state: State, layout: Layout) -> State:
+    """The tensors besides the head that the layout keeps."""
+    return {key: value for key, value in state.items() if not (layout.head and key.startswith("backbone.fc."))}
 
-    The keys decide, not the file's `arch` entry: the 2022 code stored the victim's there for stolen encoders.
+
+def _recognise(tensors: Tensors) -> tuple[Layout | None, State, Counter, list[str]]:
+    """A file's layout, its tensors by our keys, the parts left out, and the architectures with exactly these keys.
+
+    Keys and shapes decide, not the file's `arch` entry: the 2022 code stored the victim's there for stolen encoders.
     """
-    backbone = {key: value for key, value in state.items() if not _is_head(key)}
-    for arch in ARCHITECTURES:
-        with torch.device("meta"):
-            expected = build_encoder(arch).state_dict()
-        if not compare_keys(backbone, expected):
-            return arch
-    return None
+    for layout in (OWN, *LAYOUTS):
+        if not layout.fits(tensors):
+            continue
+        state, ignored = layout.take(tensors.state)
+        backbone = with_counters(_backbone(state, layout))
+        fitting = [arch for arch, keys in _outlines(layout).items() if not compare_keys(backbone, keys)]
+        if fitting or layout is not OWN:
+            return layout, state, ignored, fitting
+    return None, tensors.state, Counter(), []
+
+
+def _misfit(state: State, arch: str) -> int:
+    keys = _outline(ARCHITECTURES[arch])[1]
+    return sum(key not in keys or key not in state or keys[key].shape != state[key].shape for key in {*keys, *state})
+
+
+def _refuse(layout: Layout | None, state: State, arch: str | None, source: str) -> None:
+    """UserError that says what keeps a file from being an encoder of the architecture asked for, or the nearest."""
+    if layout is None:
+        first = ", ".join(list(state)[:4])
+        raise UserError(f"{source} is in no layout of docs/checkpoints.md: its keys are {first}, ...")
+    backbone, possible = _backbone(with_counters(state), layout), _outlines(layout)
+    nearest = arch if arch in possible else min(possible, key=lambda arch: _misfit(backbone, arch))
+    problems = "; ".join(compare_keys(backbone, possible[nearest]))
+    taken_for = "" if layout is OWN else f", taken for the layout of {layout.name},"
+    raise UserError(f"{source}{taken_for} does not fit {nearest}: {problems}")
 
 
 def encoder_from_checkpoint(checkpoint: Mapping, source: str = "checkpoint", arch: str | None = None) -> SimCLREncoder:
     """The encoder that a checkpoint dictionary holds, in eval mode, with the head that the file has.
 
-    `arch` names the architecture that the caller insists on; None takes the file's. UserError says which
-    architecture was found, or which keys are missing, unexpected or misshapen.
+    `arch` names the architecture that the caller insists on; None takes the file's. The encoder's `report` says what
+    the file was taken for. Entries `normalize` and `input_size` of the file come before what its layout assumes.
+    UserError says which architecture was found, or which keys are missing, unexpected or misshapen.
     """
-    state = checkpoint.get("state_dict")
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{source} has no state_dict of tensors: it holds {', '.join(map(str, list(checkpoint)[:8]))}")
-    found = _recognise(state)
-    if found is None:
-        wanted = arch or checkpoint.get("arch")
-        if wanted not in ARCHITECTURES:
-            raise UserError(f"{source}: unknown architecture {wanted!r}: choose from {', '.join(ARCHITECTURES)}")
-    elif arch is not None and arch != found:
-        raise UserError(f"{source} holds a {found}, not a {arch}: give --arch {found} or another checkpoint")
-    else:
-        wanted = found
+    if "library" in checkpoint:
+        encoder = encoder_from_folder(checkpoint, source)
+        _insist(arch, encoder.arch, source)
+        return encoder
+    tensors = Tensors.of(checkpoint, source)
+    layout, state, ignored, fitting = _recognise(tensors)
+    if not fitting:
+        if layout is None and (arch or checkpoint.get("arch")) in [*ARCHITECTURES]:
+            layout = OWN
+        _refuse(layout, state, arch, source)
+    # Stems may differ in what no tensor shows: then the file's word counts, else the caller's.
+    found = next((one for one in (checkpoint.get("arch"), arch) if one in fitting), fitting[0])
+    _insist(arch, found, source)
+    size, normalize = layout.inputs.get(_outline(ARCHITECTURES[found])[0], (None, None))
+    size, normalize = checkpoint.get("input_size", size), checkpoint.get("normalize", normalize)
     # The head's kind is read off the file: by its last layer.
     last_layers = {"linear": "backbone.fc.weight", "mlp-bn": "backbone.fc.3.weight", "mlp": "backbone.fc.2.weight"}
     head, last = next(((kind, state[key]) for kind, key in last_layers.items() if key in state), ("mlp", None))
     with seeded(0):  # only so that reading a file leaves the global generator alone
-        encoder = build_encoder(wanted, None if last is None else len(last), checkpoint.get("normalize"), head)
-    load_checked(encoder, state, source)
+        encoder = build_encoder(found, None if last is None else len(last), normalize, head, size)
+    load_checked(encoder, with_counters(state), source)
+    kind = layout.name if tensors.entry in ("", "state_dict") else f"{layout.name} ({tensors.entry})"
+    encoder.report = describe(kind, encoder, len(state), ignored)
     return encoder.eval()
+
+
+def _insist(arch: str | None, found: str, source: str) -> None:
+    if arch not in (None, found):
+        raise UserError(f"{source} holds a {found}, not a {arch}: give --arch {found} or another checkpoint")
 
 
 def load_encoder(path: str | Path, device: str | torch.device = "cpu", arch: str | None = None) -> SimCLREncoder:
     """The encoder stored at `path`, in eval mode on `device`: `encoder(images)` -> h, `encoder.project(images)` -> z.
 
-    Takes this project's checkpoints and the 2022 code's. UserError: see `read_checkpoint`, `encoder_from_checkpoint`.
+    Takes this project's checkpoints, the 2022 code's and other people's (docs/checkpoints.md). UserError: see
+    `read_checkpoint`, `encoder_from_checkpoint`.
     """
     return encoder_from_checkpoint(read_checkpoint(path), str(path), arch).to(device)

@@ -1,13 +1,33 @@
-"""ResNets with the CIFAR stem: 3x3 convolution, no max-pool, so that 32 x 32 images keep their detail.
+"""ResNets with the CIFAR stem, a 3x3 convolution without max-pool that keeps the detail of 32 x 32 images, or another.
 
 Parameter names follow the 2022 code (`conv1`, `bn1`, `layer1.0.shortcut.0`, ...), whose checkpoints load here.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What comes before the first block: a convolution, BatchNorm, and mostly a ReLU."""
+
+    kernel: int
+    stride: int
+    padding: int
+    relu: bool = True
+    pool: bool = False  # 3x3 max-pool of stride 2 at the end
+
+
+STEMS = {
+    "cifar": Stem(3, 1, 1),
+    "imagenet": Stem(7, 2, 3, pool=True),  # of the paper and of torchvision
+    "padding2": Stem(3, 1, 2),  # of solo-learn: 32 x 32 images become maps of 34 x 34
+    "norelu": Stem(3, 1, 1, relu=False),  # of lightly: its CIFAR networks lose a ReLU where they become backbones
+}
 
 
 def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -61,14 +81,18 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet for small images: images (B, 3, H, W) -> `fc` of the representation (B, dim).
+    """A ResNet of one of the STEMS: images (B, 3, H, W) -> `fc` of the representation (B, dim).
 
     `dim` is 8 * width * expansion. `fc` is the identity until a model puts its head there.
     """
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], blocks: Sequence[int], width: int = 64):
+    def __init__(
+        self, block: type[BasicBlock | Bottleneck], blocks: Sequence[int], width: int = 64, stem: str = "cifar"
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.stem = stem
+        first = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, width, first.kernel, stride=first.stride, padding=first.padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
         for stage, count in enumerate(blocks):
@@ -80,13 +104,24 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.dim = channels
         self.fc: nn.Module = nn.Identity()
+        if stem == "imagenet":
+            self._initialise_as_torchvision()
+
+    def _initialise_as_torchvision(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def represent(self, x: Tensor) -> Tensor:
         """Representation h (B, dim) of images (B, 3, H, W): the average over the last feature map.
 
         The 2022 code pools 4 x 4 windows; for its 32 x 32 images that is this average.
         """
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        stem, x = STEMS[self.stem], self.bn1(self.conv1(x))
+        if stem.relu:
+            x = F.relu(x, inplace=True)
+        if stem.pool:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
@@ -94,21 +129,26 @@ class ResNet(nn.Module):
         return self.fc(self.represent(x))
 
 
-def resnet10w32() -> ResNet:
+def resnet10w32(stem: str = "cifar") -> ResNet:
     """ResNet-10 of width 32, h of 256: small enough to train on a CPU in minutes."""
-    return ResNet(BasicBlock, (1, 1, 1, 1), width=32)
+    return ResNet(BasicBlock, (1, 1, 1, 1), width=32, stem=stem)
 
 
-def resnet18() -> ResNet:
+def resnet18(stem: str = "cifar") -> ResNet:
     """ResNet-18, h of 512."""
-    return ResNet(BasicBlock, (2, 2, 2, 2))
+    return ResNet(BasicBlock, (2, 2, 2, 2), stem=stem)
 
 
-def resnet34() -> ResNet:
+def resnet34(stem: str = "cifar") -> ResNet:
     """ResNet-34, h of 512."""
-    return ResNet(BasicBlock, (3, 4, 6, 3))
+    return ResNet(BasicBlock, (3, 4, 6, 3), stem=stem)
 
 
-def resnet50() -> ResNet:
+def resnet50(stem: str = "cifar") -> ResNet:
     """ResNet-50, h of 2048."""
-    return ResNet(Bottleneck, (3, 4, 6, 3))
+    return ResNet(Bottleneck, (3, 4, 6, 3), stem=stem)
+
+
+def resnet101(stem: str = "cifar") -> ResNet:
+    """ResNet-101, h of 2048."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), stem=stem)

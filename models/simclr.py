@@ -1,11 +1,13 @@
 """The SimCLR model: a backbone, and a projection head that lives in `backbone.fc` as in the 2022 code."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.resnet import ResNet, resnet10w32, resnet18, resnet34, resnet50
+from models.resnet import ResNet, resnet10w32, resnet18, resnet34, resnet50, resnet101
 
 # A new architecture is one row here.
 ARCHITECTURES = {
@@ -13,7 +15,19 @@ ARCHITECTURES = {
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "resnet10w32-imagenet": partial(resnet10w32, "imagenet"),
+    "resnet18-imagenet": partial(resnet18, "imagenet"),
+    "resnet34-imagenet": partial(resnet34, "imagenet"),
+    "resnet50-imagenet": partial(resnet50, "imagenet"),
+    "resnet101-imagenet": partial(resnet101, "imagenet"),
+    "resnet18-padding2": partial(resnet18, "padding2"),
+    "resnet50-padding2": partial(resnet50, "padding2"),
+    "resnet18-norelu": partial(resnet18, "norelu"),
+    "resnet34-norelu": partial(resnet34, "norelu"),
+    "resnet50-norelu": partial(resnet50, "norelu"),
 }
+
+Normalize = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
 
 
 def projection_head(dim: int, out_dim: int, kind: str = "mlp") -> nn.Module:
@@ -33,20 +47,25 @@ class SimCLREncoder(nn.Module):
 
     `encoder(images)` gives representations h (B, dim), `encoder.project(images)` projections z = g(h) (B, out_dim).
     Images are float (B, 3, H, W) in [0, 1]. With `normalize` = (mean, std), one number per channel, the encoder
-    normalises them itself, so that nobody who holds it has to know.
+    normalises them itself, so that nobody who holds it has to know; with `input_size` it first brings those of another
+    size to input_size x input_size, as an API does with whatever it is sent. `report` says what a file was taken for.
     """
+
+    report = ""
 
     def __init__(
         self,
         backbone: ResNet,
         arch: str,
         head: nn.Module | None = None,
-        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        normalize: Normalize | None = None,
+        input_size: int | None = None,
     ):
         super().__init__()
         self.backbone = backbone
         self.arch = arch
         self.normalize = normalize
+        self.input_size = input_size
         if head is not None:
             self.backbone.fc = head
         # Not persistent: the 2022 checkpoints have no such keys, and ours must stay readable by its code.
@@ -75,6 +94,9 @@ class SimCLREncoder(nn.Module):
         return self.out_dim or self.dim
 
     def forward(self, images: Tensor) -> Tensor:
+        size = self.input_size
+        if size and images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         if self.normalize:
             images = (images - self.mean) / self.std
         return self.backbone.represent(images)
@@ -93,31 +115,33 @@ class SimCLREncoder(nn.Module):
 def build_encoder(
     arch: str,
     out_dim: int | None = None,
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    normalize: Normalize | None = None,
     head: str = "mlp",
+    input_size: int | None = None,
 ) -> SimCLREncoder:
-    """A new encoder with PyTorch's default initialisation, drawn from the global generator (see utils.seeded).
+    """A new encoder with its architecture's initialisation, drawn from the global generator (see utils.seeded).
 
     `out_dim` None leaves the head out, whose kinds `projection_head` lists. KeyError for an unknown `arch`;
     ARCHITECTURES names them.
     """
     backbone = ARCHITECTURES[arch]()
     fc = None if out_dim is None else projection_head(backbone.dim, out_dim, head)
-    return SimCLREncoder(backbone, arch, fc, normalize)
+    return SimCLREncoder(backbone, arch, fc, normalize, input_size)
 
 
 def build_copy(
     arch: str,
     width: int,
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    normalize: Normalize | None = None,
     head: bool = False,
+    input_size: int | None = None,
 ) -> SimCLREncoder:
     """A new encoder whose `output` has the width of a victim's answers.
 
     With `head` it gets a projection head of its own (Linear, ReLU, Linear); without, its representation is the output,
     or where that has another width, a linear map of it. Heads are trained with the copy and left out of its evaluation.
     """
-    copy = build_encoder(arch, width if head else None, normalize)
+    copy = build_encoder(arch, width if head else None, normalize, input_size=input_size)
     if not head and copy.dim != width:
         copy.backbone.fc = projection_head(copy.dim, width, "linear")
     return copy

@@ -1,5 +1,6 @@
 """What tests share: small encoders, small data, and scripts run as a user runs them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import linear_eval
 import run
 import steal
+from data_aug.shapes import make_shapes
 from defenses import Defence
 from models import build_encoder
 from utils import seeded
@@ -84,7 +87,38 @@ def data(tmp_path_factory):
             arrays[f"x_{split}"] = draw.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
             arrays[f"y_{split}"] = np.arange(number) % 10
         np.savez(root / f"{name}.npz", **arrays)
+    write_imagenet(root / "imagenet")
+    write_simsiam(root / "simsiam.pth.tar", root / "headed.pth.tar")
     return root
+
+
+def write_imagenet(root, train=6, val=4, classes=4):
+    """A folder in ImageNet's form: so many drawn shapes of each class, in JPEGs of several sizes."""
+    images, labels = make_shapes("train")
+    sizes = ((60, 48), (40, 64), (90, 70))
+    for split, count, first in (("train", train, 0), ("val", val, train)):
+        for label in range(classes):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for number, image in enumerate(images[labels == label][first : first + count]):
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(sizes[number % 3])
+                picture.save(folder / f"{number}.JPEG", quality=95)
+
+
+def write_simsiam(path, headed=None):
+    """A checkpoint of random weights of a small network, with the keys of SimSiam's public ones, after 100 epochs.
+
+    `headed` is where the same goes with the keys of sthalles/SimCLR, which have a projection head.
+    """
+    with seeded(7):
+        network = build_encoder("resnet10w32-imagenet", 16).backbone
+    state = {key.replace("shortcut", "downsample"): value for key, value in network.state_dict().items()}
+    rest = {"epoch": 100, "arch": "resnet10", "optimizer": {}, "settings": {"dataset": "imagenet"}}
+    if headed:
+        torch.save({**rest, "state_dict": {f"backbone.{key}": value for key, value in state.items()}}, headed)
+    state = {f"module.encoder.{key}": value for key, value in state.items()}
+    state["module.predictor.0.weight"] = torch.zeros(4, 4)
+    torch.save({**rest, "state_dict": state}, path)
 
 
 def call_main(module, data, folder, *arguments):
@@ -123,11 +157,16 @@ def _trained(data, tmp_path_factory):
     return folder
 
 
+def _link(source, target):
+    """Copies a file; of checkpoints, which are large and never written in place, another name does."""
+    return os.link(source, target) if str(source).endswith(".pth.tar") else shutil.copy2(source, target)
+
+
 @pytest.fixture
 def trained(_trained, tmp_path):
     """A folder of the test's own with checkpoints of one epoch each: victims of seeds 0 and 1 and a supervised one; a
     linear layer for mnist on the first of them, and a copy of it by mse, whose path is returned."""
-    shutil.copytree(_trained / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(_trained / "checkpoints", tmp_path / "checkpoints", copy_function=_link)
     return next(tmp_path.rglob("stolen-svhn-resnet10w32-mse-*/checkpoint.pth.tar"))
 
 

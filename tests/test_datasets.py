@@ -10,6 +10,7 @@ from data_aug import datasets
 from data_aug.datasets import (
     channel_statistics,
     export,
+    image_files,
     load_dataset,
     load_labelled,
     load_queries,
@@ -140,7 +141,7 @@ def test_arrays_of_either_layout_become_channels_first(layout):
         data = pixels.numpy() if layout == "last" else pixels.permute(0, 3, 1, 2).numpy()
         targets = (1, 2, 3)
 
-    images, labels = datasets._to_tensors(Published())
+    images, labels = datasets._to_tensors(Published(), datasets.SIZE)
     assert torch.equal(images, pixels.permute(0, 3, 1, 2))
     assert labels.tolist() == [1, 2, 3]
 
@@ -193,6 +194,32 @@ def test_bad_folders(image_folder, tmp_path):
     assert "000.png is not an image" in error(f"folder:{tmp_path / 'set'}")
     image_folder("half/train")
     assert "none of test, val" in error(f"folder:{tmp_path / 'half'}", split="test")
+
+
+def test_a_folder_numbers_classes_alike_in_all_splits(image_folder, tmp_path):
+    image_folder("set/train", classes=("ant", "bee", "cow"), number=2)
+    image_folder("set/test", classes=("bee", "dog"), number=1)
+    _, train = load_dataset(f"folder:{tmp_path / 'set'}", split="train")
+    _, test = load_dataset(f"folder:{tmp_path / 'set'}", split="test")
+    assert (train.tolist(), test.tolist()) == ([0, 0, 1, 1, 2, 2], [1, 3])
+
+
+def test_a_folder_is_read_to_any_depth_in_the_order_of_its_paths(tmp_path):
+    for i, name in enumerate(("ant/b/2.png", "ant/b.png", "ant/a.txt", "ant/c.PNG", "ant/d.png/1.png")):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "set" / name, "png")
+    assert image_files(tmp_path / "set")[0] == ["ant/b/2.png", "ant/b.png", "ant/c.PNG", "ant/d.png/1.png"]
+    assert load_dataset(f"folder:{tmp_path / 'set'}")[0][:, 0, 0, 0].tolist() == [0, 1, 3, 4]
+
+
+def test_other_sizes(write_npz, tmp_path):
+    write_npz("stl10", train=4, size=96)
+    stored, _ = load_dataset("stl10", tmp_path, size=None)
+    assert stored.shape == (4, 3, 96, 96)
+    for size in (32, 48, 96):
+        expected = torch.nn.functional.interpolate(stored.float(), (size, size), mode="bilinear", antialias=True)
+        assert torch.equal(load_dataset("stl10", tmp_path, size=size)[0], expected.round().to(torch.uint8))
+    assert load_dataset("shapes", size=None)[0].shape[-2:] == (32, 32)
 
 
 def test_unknown_name_lists_the_known():

@@ -109,6 +109,7 @@ def test_fidelity_to_another_victim_than_the_copys_is_refused(refused, trained, 
         linear_eval, *STOLEN, "--fidelity", "--stolen", trained, "--victim", victims[1]
     )
     other = read_checkpoint(victims[1])
+    victims[0].unlink()  # other tests share the file
     torch.save(other, victims[0])  # trained again in its place
     assert "or was trained again" in refused(linear_eval, *STOLEN, "--fidelity")
 

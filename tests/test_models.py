@@ -5,8 +5,9 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 
-from models import ARCHITECTURES, build_encoder, load_encoder
+from models import ARCHITECTURES, build_copy, build_encoder, load_encoder
 from utils import UserError, seeded
 
 # (representation width, parameters of the backbone, state_dict entries with a head), from the description of the
@@ -34,6 +35,55 @@ def test_key_layout_is_that_of_2022():
     assert shapes["backbone.fc.2.weight"] == (128, 512)
     assert "backbone.layer1.0.shortcut.0.weight" not in shapes
     assert "backbone.layer1.0.shortcut.0.weight" in build_encoder("resnet50").state_dict()
+
+
+TORCHVISIONS = [arch for arch in ARCHITECTURES if arch.endswith("-imagenet") and not arch.startswith("resnet10")]
+
+
+@pytest.mark.parametrize("arch", TORCHVISIONS)
+def test_imagenet_stem_makes_the_networks_of_torchvision(arch):
+    with torch.device("meta"):
+        ours = build_encoder(arch).state_dict()
+        theirs = getattr(torchvision.models, arch.removesuffix("-imagenet"))().state_dict()
+    renamed = {f"backbone.{key.replace('downsample', 'shortcut')}": value.shape for key, value in theirs.items()}
+    assert {key: value.shape for key, value in ours.items()} == {k: v for k, v in renamed.items() if ".fc." not in k}
+
+
+def test_imagenet_stem_is_initialised_as_torchvision_does():
+    with seeded(0):
+        weight = build_encoder("resnet18-imagenet").backbone.layer4[1].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("cifar", 4), ("imagenet", 1), ("padding2", 5), ("norelu", 4)])
+def test_stems_give_maps_of_their_size(stem, side):
+    encoder = build_encoder("resnet18" if stem == "cifar" else f"resnet18-{stem}")
+    maps, first = [], []
+    encoder.backbone.layer1.register_forward_hook(lambda module, args, output: first.append(args[0]))
+    encoder.backbone.layer4.register_forward_hook(lambda module, args, output: maps.append(output))
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 512)
+    assert maps[0].shape[2:] == (side, side)
+    assert (first[0] < 0).any() == (stem == "norelu")
+
+
+def test_images_of_another_size_are_resized_before_they_are_normalised():
+    with seeded(0):
+        encoder = build_encoder("resnet10w32", None, ([0.5] * 3, [0.1] * 3), input_size=48).eval()
+    seen = []
+    encoder.backbone.conv1.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    images = torch.rand(2, 3, 20, 30)
+    encoder(images)
+    resized = torch.nn.functional.interpolate(images, (48, 48), mode="bilinear", antialias=True)
+    torch.testing.assert_close(seen[0], (resized - 0.5) / 0.1)
+    encoder(resized)
+    assert torch.equal(seen[1], seen[0])
+    assert build_copy("resnet10w32", 16, input_size=48).input_size == 48
+
+
+def test_input_size_survives_the_checkpoint(tmp_path):
+    state = build_encoder("resnet10w32").state_dict()
+    torch.save({"arch": "resnet10w32", "state_dict": state, "input_size": 48}, tmp_path / "c")
+    assert load_encoder(tmp_path / "c").input_size == 48
 
 
 def test_small_network_is_small():
@@ -74,7 +124,7 @@ def test_normalisation_is_inside_and_survives_the_checkpoint(tmp_path):
         torch.testing.assert_close(load_encoder(path)(images), plain.eval()(by_hand))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if "-" not in arch])
 def test_checkpoint_of_2022_loads_by_its_keys(arch, tmp_path):
     """Four entries, and `arch` wrong as it was for stolen encoders."""
     original = build_encoder(arch, out_dim=10).eval()
@@ -107,12 +157,12 @@ def test_says_which_keys_do_not_fit(tmp_path):
     state = build_encoder("resnet10w32").state_dict()
     del state["backbone.bn1.weight"]
     state["backbone.extra"] = torch.zeros(1)
-    state["backbone.conv1.weight"] = torch.zeros(32, 3, 7, 7)
+    state["backbone.conv1.weight"] = torch.zeros(32, 3, 5, 5)
     torch.save({"arch": "resnet10w32", "state_dict": state}, tmp_path / "c")
     text = refusal(tmp_path / "c")
     assert "1 missing: backbone.bn1.weight" in text
     assert "1 unexpected: backbone.extra" in text
-    assert "1 misshapen: backbone.conv1.weight (32, 3, 7, 7) for (32, 3, 3, 3)" in text
+    assert "1 misshapen: backbone.conv1.weight (32, 3, 5, 5) for (32, 3, 3, 3)" in text
 
 
 def test_another_architecture_is_named(tmp_path):
