@@ -319,8 +319,9 @@ def main() -> None:
         "checkpoint": str(path) if path else None,
         **config["provenance"],
     }
-    save_checkpoint({"kind": "linear", "arch": encoder.arch, "state_dict": state, "row": row}, run.checkpoint)
+    # The row first: with the checkpoint there, the run counts as done.
     runs.add_row(run, args.checkpoint_dir, row, step=args.probe_epochs)
+    save_checkpoint({"kind": "linear", "arch": encoder.arch, "state_dict": state, "row": row}, run.checkpoint)
     run.finish()
 
 

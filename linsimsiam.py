@@ -181,8 +181,9 @@ def main() -> None:
         **config["provenance"],
     }
     state = {f"fc.{name}": value.cpu() for name, value in layer.state_dict().items()}
-    save_checkpoint({"kind": "linear-simsiam", "arch": encoder.arch, "state_dict": state, "row": row}, run.checkpoint)
+    # The row first: with the checkpoint there, the run counts as done.
     runs.add_row(run, args.checkpoint_dir, row, step=args.epochs)
+    save_checkpoint({"kind": "linear-simsiam", "arch": encoder.arch, "state_dict": state, "row": row}, run.checkpoint)
     run.finish()
 
 
