@@ -1,13 +1,16 @@
 """The benchmarks run, at a size that says nothing about speed."""
 
+import argparse
 import sys
 
 import pytest
 import torch
 
 import benchmarks.defences
-from benchmarks import linear_eval, train_step
+from benchmarks import linear_eval, scaling, train_step
 from defenses import DEFENCES, Query
+from models import build_encoder
+from utils import Precision
 
 
 def test_tasks_alternate_and_the_first_round_does_not_count():
@@ -51,3 +54,27 @@ def test_poisoning_is_timed_with_a_full_memory():
     assert defence.poison_memory == len(defence.scores()) == 10
     oldest = Query(digests=[], representations=earlier[:1], project=torch.sign)
     assert defence.nearest(oldest).item() == pytest.approx(1)
+
+
+def test_what_many_gpus_exchange_and_keep():
+    """Of the small network, whose numbers can be counted by hand."""
+    network = build_encoder("resnet10w32-imagenet")
+    parameters = sum(one.numel() for one in network.parameters())
+    channels = 32 + 2 * 32 + 3 * (64 + 128 + 256)  # of the stem, the first stage, and the others with their shortcuts
+    alone, four = (scaling.exchanged("resnet10w32-imagenet", 64, gpus) for gpus in (1, 4))
+    assert alone["gradients"] == alone["features"] == alone["batch norms"] == 0
+    assert four["gradients"] == 1.5 * 4 * parameters
+    assert four["features"] == 0.75 * 4 * 64 * 256
+    norms = (four["collectives"] - 2) / 2
+    assert norms == 12
+    assert four["batch norms"] == 3 * 4 * (2 * channels + norms) + 1.5 * 4 * 2 * channels
+    # Twice the side is four times the memory, but for what doesn't depend on it.
+    small, large = (scaling.kept_for_backward("resnet10w32-imagenet", size) for size in (32, 64))
+    assert 3.5 < large / small < 4.1
+
+
+def test_a_step_and_nothing_else_is_measured_for_one_process():
+    args = argparse.Namespace(arch="resnet10w32-imagenet", size=32, batch_size=4, rounds=1)
+    found = scaling.measure(args, Precision("fp32", torch.device("cpu")))
+    assert found.keys() == {"step"}
+    assert found["step"] > 0

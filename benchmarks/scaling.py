@@ -1,0 +1,171 @@
+"""What a step of stealing costs in several processes: measured here on a few, computed for many GPUs.
+
+python -m benchmarks.scaling                      # starts 1, 2 and 4 processes on this machine's CPU; prints tables
+python -m benchmarks.scaling --arch resnet18-imagenet --size 64 --batch-size 32
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distributed
+import options
+from loss import STEAL_LOSSES
+from models import ARCHITECTURES, build_copy, build_encoder
+from stopping import script
+from utils import Precision, seeded
+
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+PER_NODE = 4
+
+
+def measure(args: argparse.Namespace, precision: Precision) -> dict[str, float]:
+    """Seconds of one step by InfoNCE on a batch of the job, and of what it exchanges, each by itself."""
+    width = build_encoder(args.arch).dim
+    with seeded(0):
+        copy = build_copy(args.arch, width).to(memory_format=precision.memory_format)
+        images, answers = torch.rand(args.batch_size, 3, args.size, args.size), torch.rand(args.batch_size, width)
+    call = distributed.parallel(copy)
+    own = images[distributed.share(len(images))].contiguous(memory_format=precision.memory_format)
+    optimizer = torch.optim.SGD(copy.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+    def step() -> None:
+        with precision.autocast():
+            features = call(copy.output, own)
+        loss = STEAL_LOSSES["infonce"](distributed.whole_batch(features.float()), answers)
+        optimizer.zero_grad(set_to_none=True)
+        (loss * distributed.processes()).backward()
+        optimizer.step()
+
+    found = {"step": seconds_of(step, args.rounds)}
+    if distributed.processes() > 1:
+        gradients = torch.zeros(sum(parameter.numel() for parameter in copy.parameters()))
+        part = torch.zeros(len(own), width)
+        norms = [layer.num_features for layer in copy.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+        def norm_statistics() -> None:
+            for channels in norms:  # forward, and the same number backward
+                for _ in range(2):
+                    dist.all_reduce(torch.zeros(2 * channels))
+
+        found["gradients"] = seconds_of(lambda: dist.all_reduce(gradients), args.rounds)
+        found["features"] = seconds_of(lambda: distributed.whole_batch(part), args.rounds)
+        found["batch norms"] = seconds_of(norm_statistics, args.rounds)
+    return found
+
+
+def seconds_of(work: Callable[[], None], rounds: int) -> float:
+    """Seconds of a call, the median of so many after one that doesn't count."""
+    times = []
+    for _ in range(rounds + 1):
+        distributed.barrier()
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[rounds // 2]
+
+
+def kept_for_backward(arch: str, size: int, batch: int = 4) -> float:
+    """Bytes for each image that a training step in bf16 keeps from the forward to the backward pass."""
+    copy = build_encoder(arch).to(memory_format=torch.channels_last)
+    seen: dict[int, int] = {}
+    owned = {tensor.untyped_storage().data_ptr() for tensor in copy.state_dict().values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            seen[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)  # so that no memory is used twice and counted once
+        return tensor
+
+    held: list[Tensor] = []
+    images = torch.rand(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        copy(images)
+    return sum(seen.values()) / batch
+
+
+def exchanged(arch: str, batch: int, gpus: int) -> dict[str, float]:
+    """Bytes that each of so many GPUs sends in a step, by the usual ring algorithms; float32.
+
+    gradients: all-reduce of P numbers, 2 (N - 1) / N * 4 P. features: all-gather of batch * D, (N - 1) / N * 4 B D.
+    batch norms: all-gather of (2 C + 1) forward and all-reduce of 2 C backward, over all C channels.
+    """
+    encoder = build_encoder(arch)
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    norms = [layer.num_features for layer in encoder.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    ring = (gpus - 1) / gpus
+    return {
+        "gradients": 2 * ring * 4 * parameters,
+        "features": ring * 4 * batch * encoder.dim,
+        "batch norms": (gpus - 1) * 4 * sum(2 * c + 1 for c in norms) + 2 * ring * 4 * sum(2 * c for c in norms),
+        "collectives": 2 * len(norms) + 2,
+    }
+
+
+def computed(args: argparse.Namespace) -> list[str]:
+    """Lines of a table for ResNet-50 at 224 and a batch of 512: bytes, seconds by the assumed links, memory."""
+    each = kept_for_backward("resnet50-imagenet", 224)
+    weights = 4 * sum(parameter.numel() for parameter in build_encoder("resnet50-imagenet").parameters())
+    lines = [f"kept for backward: {each / 2**20:.0f} MiB an image; weights {weights / 2**20:.0f} MiB in float32", ""]
+    lines += [
+        "| GPUs | images each | sent in a step, MB | ms in communication | memory, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for gpus in GPUS:
+        sent = exchanged("resnet50-imagenet", 512, gpus)
+        total = sum(value for name, value in sent.items() if name != "collectives")
+        across = gpus > PER_NODE
+        link = args.between if across else args.within
+        ms = 1e3 * (total / (link * 1e9) + sent["collectives"] * args.latency * 1e-6) if gpus > 1 else 0.0
+        # Copy, its gradients and momentum; the victim; the loss's (2 B, 2 B) matrix about four times.
+        memory = 4 * weights + each * 512 / gpus + 4 * 4 * (2 * 512) ** 2
+        lines.append(f"| {gpus} | {512 // gpus} | {total / 1e6:.0f} | {ms:.1f} | {memory / 2**30:.1f} |")
+    return lines
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet50-imagenet", help="architecture")
+    parser.add_argument("--size", type=int, default=224, help="side of the images")
+    parser.add_argument("--batch-size", type=int, default=16, help="images of the job's batch")
+    parser.add_argument("--rounds", type=int, default=5, help="times that everything is timed")
+    parser.add_argument("--within", type=float, default=150.0, help="GB/s of a GPU to others of its node (assumed)")
+    parser.add_argument("--between", type=float, default=20.0, help="GB/s of a GPU to those of other nodes (assumed)")
+    parser.add_argument("--latency", type=float, default=30.0, help="microseconds of a collective (assumed)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the CPU")
+    parser.add_argument("--measure", action="store_true", help="be one of the processes, and print what was measured")
+    options.add_job_options(parser)
+    return parser.parse_args()
+
+
+@script
+def main() -> None:
+    args = flags()
+    distributed.set_up(args)
+    torch.set_num_threads(1)
+    precision = Precision.choose(args.precision, torch.device("cpu"))
+    if args.measure:
+        print(json.dumps(measure(args, precision)))
+        return
+    print(f"{args.arch}, {args.size} x {args.size}, {args.batch_size} images in a batch, {precision}, a thread each\n")
+    print("| processes | step, s | gradients, s | features, s | batch norms, s |\n|---|---|---|---|---|")
+    for count in (1, 2, 4):
+        module = ["-m", "benchmarks.scaling", *sys.argv[1:], "--measure"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        done = subprocess.run([*launch, *module], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        parts = (f"{found[name]:.3f}" if name in found else "" for name in ("gradients", "features", "batch norms"))
+        print(f"| {count} | {found['step']:.2f} | {' | '.join(parts)} |", flush=True)
+    print("\n".join(["", "ResNet-50, 224 x 224, batch 512, computed:", "", *computed(args)]))
+
+
+if __name__ == "__main__":
+    main()
