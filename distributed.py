@@ -143,7 +143,7 @@ def refuse() -> None:
     alone = argparse.Namespace(world_size=1)
     place = find_place(os.environ, alone)
     if place:
-        script = os.path.basename(sys.argv[0])
+        script = os.path.basename(sys.argv[0]).removesuffix(".py")
         raise UserError(f"{script} is one process, this is one of {place.processes}: start it without torchrun or srun")
 
 

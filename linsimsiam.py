@@ -86,7 +86,7 @@ def choose(args: Namespace) -> tuple[Path, dict, SimCLREncoder]:
     return path, checkpoint, encoder
 
 
-def test_positions(test: Pictures, checkpoint: dict) -> Tensor:
+def unqueried(test: Pictures, checkpoint: dict) -> Tensor:
     """The test images that the copy did not query. UserError when there are none.
 
     By their positions in the split: what was sent is a view of an image, whose pixels are no test image's.
@@ -138,7 +138,7 @@ def main() -> None:
     path, checkpoint, encoder = choose(args)
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
     train, test = (labelled(args.dataset, args.data, split) for split in ("train", "test"))
-    positions = test_positions(test, checkpoint)
+    positions = unqueried(test, checkpoint)
 
     home = runs.home_of(path, args.checkpoint_dir)
     implied = ("modeltype", "arch", "evaluate", "epochstrain", *COPY)

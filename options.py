@@ -451,5 +451,6 @@ def set_up(args: argparse.Namespace) -> Precision:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return Precision.choose(args.precision, device)

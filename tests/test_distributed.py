@@ -3,11 +3,12 @@
 import argparse
 import itertools
 
-import jobs
 import pytest
 import torch
 
+import linear_eval
 from distributed import Place, find_place, first_host
+from tests import jobs
 from utils import UserError
 
 FLAGS = {"world_size": -1, "rank": -1, "dist_url": None}
@@ -62,6 +63,13 @@ def test_the_first_host_of_a_list_of_slurm(nodes, first):
 def test_flags_that_name_no_place(flags, named):
     with pytest.raises(UserError, match=named):
         find_place({}, argparse.Namespace(**{**FLAGS, "world_size": 2, **flags}))
+
+
+def test_a_script_that_works_alone_refuses_to_be_one_of_many(refused, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    line = ("--dataset", "shapes", "--dataset-test", "shapes")
+    assert "linear_eval is one process, this is one of 2: start it without" in refused(linear_eval, *line)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

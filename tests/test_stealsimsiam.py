@@ -10,6 +10,7 @@ import torch
 import simclr
 import stealsimsiam
 from data_aug.pictures import Views, open_pictures
+from loss import STEAL_LOSSES
 from models import load_encoder, read_checkpoint
 from stopping import Stopped
 from victim import Purchases, Victim, image_digests
@@ -97,9 +98,7 @@ def test_without_augmentation_the_copy_is_shown_what_the_victim_saw(steal, sent,
     assert not set(shown) & set(sent)
 
 
-@pytest.mark.parametrize(
-    "losstype", ["mse", "infonce", "softnn", "supcon", "symmetrized", "barlow", "contsteal", "stolenencoder", "rda"]
-)
+@pytest.mark.parametrize("losstype", STEAL_LOSSES)
 def test_every_loss_trains_a_copy(steal, losstype):
     held, out = steal("--epochs", "1", "--losstype", losstype, "-b", "16", "--lr", "0.001")
     assert held["epoch"] == 1

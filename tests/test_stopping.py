@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 
-import jobs
 import pytest
 import torch
 
 from stopping import SAVED, Stopped, deferred, received, script
+from tests import jobs
 from tests.conftest import ROOT
 from utils import UserError
 
