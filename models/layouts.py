@@ -23,6 +23,8 @@ CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 # Where files keep the tensors; the first that is there counts, so that of DINO's two networks the teacher is taken.
 ENTRIES = ("state_dict", "teacher", "model", "student")
+# What a file may say of its images, beside the tensors.
+ASSUMED = ("normalize", "input_size")
 # What wrappers put in front of every key.
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -38,7 +40,8 @@ class Tensors:
     @classmethod
     def of(cls, checkpoint: Mapping, source: str) -> "Tensors":
         """Those of a checkpoint's dictionary. UserError when there are none."""
-        for entry, content in [*((name, checkpoint.get(name)) for name in ENTRIES), ("", checkpoint)]:
+        bare = {key: value for key, value in checkpoint.items() if key not in ASSUMED}
+        for entry, content in [*((name, checkpoint.get(name)) for name in ENTRIES), ("", bare)]:
             if isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values()):
                 state = unwrap(content)
                 return cls(state, entry, len(content) > 0 and state.keys() != content.keys())

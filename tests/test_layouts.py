@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import sys
 from argparse import Namespace
 
@@ -19,9 +20,9 @@ import linear_eval
 import steal
 from models import build_encoder, load_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
-from models.layouts import CIFAR10, IMAGENET, LAYOUTS, OWN
+from models.layouts import CIFAR10, IMAGENET, LAYOUTS, OWN, Layout
 from runs import home_of, locate
-from tests.conftest import COPY, JUDGE, SMALL
+from tests.conftest import COPY, JUDGE, ROOT, SMALL
 from utils import UserError
 
 # ---- networks as their authors build them ----
@@ -313,11 +314,20 @@ def test_the_head_of_sthalles_is_kept(write):
     assert load_encoder(write("2022")).out_dim is None
 
 
-def test_a_files_own_size_and_normalisation_come_first(write, tmp_path):
+@pytest.mark.parametrize("name", ["simsiam", "torchvision"])
+def test_a_files_own_size_and_normalisation_come_first(name, tmp_path):
     ours = ((0.5,) * 3, (0.25,) * 3)
-    torch.save({**made("simsiam")[1], "normalize": ours, "input_size": 48}, tmp_path / "c")
+    torch.save({**made(name)[1], "normalize": ours, "input_size": 48}, tmp_path / "c")
     encoder = load_encoder(tmp_path / "c")
     assert (encoder.input_size, encoder.normalize) == (48, ours)
+
+
+def test_the_pages_example_of_a_further_layout_works(monkeypatch):
+    line = re.search(r"^```python\n(Layout\(.*\))\n```", (ROOT / "docs" / "checkpoints.md").read_text(), re.MULTILINE)
+    row = eval(line[1], {"Layout": Layout, "IMAGENET": IMAGENET})
+    monkeypatch.setattr("models.checkpoint.LAYOUTS", (*LAYOUTS, row))
+    whole = parts(net=with_fc(torch_resnet(), nn.Linear(512, 10)), projection=nn.Linear(512, 8))
+    assert "layout of that project: resnet18-imagenet" in encoder_from_checkpoint(whole.state_dict()).report
 
 
 def test_stems_that_no_tensor_shows_are_told_apart_by_the_file_or_the_caller(tmp_path):
