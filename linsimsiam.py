@@ -17,7 +17,6 @@ from data_aug.pictures import Pictures, Views, open_pictures
 from evaluation import represent_streamed
 from loss import STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
-from models.checkpoint import encoder_from_checkpoint
 from probes import top1_top5
 from simclr import SimCLR
 from stealsimsiam import KIND
@@ -61,9 +60,9 @@ def find(args: Namespace) -> Path:
     if args.modeltype == "victim":
         if args.victim is None:
             raise UserError("no victim: give --pretrained PATH of its checkpoint (or --modeltype stolen)")
-        return args.victim
+        return runs.locate(args.victim, args.checkpoint_dir)
     if args.stolen:
-        return args.stolen
+        return runs.locate(args.stolen, args.checkpoint_dir)
     wanted = {name: getattr(args, flag) for flag, name in COPY.items() if flag != "epochssteal" or flag in args.given}
     wanted["archstolen"] = args.arch
     if args.victim:
@@ -80,10 +79,7 @@ def choose(args: Namespace) -> tuple[Path, dict, SimCLREncoder]:
         runs.check_named(checkpoint, path, args, COPY)
     if args.epochstrain and args.modeltype == "victim" and checkpoint.get("epoch") != args.epochstrain:
         raise UserError(f"{path} was trained for {checkpoint.get('epoch', 'unknown')} epochs, not {args.epochstrain}")
-    named = f"{args.arch}-imagenet" if "arch" in args.given else None
-    encoder = encoder_from_checkpoint(checkpoint, str(path), named)
-    print(encoder.report)
-    return path, checkpoint, encoder
+    return path, checkpoint, runs.encoder_of(checkpoint, path, options.large_arch(args))
 
 
 def unqueried(test: Pictures, checkpoint: dict) -> Tensor:

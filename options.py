@@ -197,6 +197,11 @@ def add_large_arch(parser: argparse._ActionsContainer, *flags: str, text: str, d
     parser.add_argument(*flags, choices=LARGE, default=default, help=text)
 
 
+def large_arch(args: argparse.Namespace) -> str | None:
+    """The architecture that the command line insists on, if it does."""
+    return f"{args.arch}-imagenet" if "arch" in args.given else None
+
+
 def add_sgd_options(parser: Parser, batch_size: int) -> argparse._ArgumentGroup:
     """SGD as ImageNet scale has it: a rate for 256 images, a cosine from the first epoch on, LARS."""
     group = parser.add_argument_group("training")
@@ -283,7 +288,7 @@ def add_training_options(
 def add_victim_options(parser: Parser, *arch_flags: str, losses: bool = True) -> None:
     """Which victim: its file, or what it was trained with."""
     group = parser.add_argument_group("victim")
-    group.add_argument("--victim", metavar="PATH", type=Path, help="its checkpoint (default: found by the flags below)")
+    group.add_argument("--victim", metavar="PATH", type=Path, help="its checkpoint, or run (default: by flags)")
     add_arch(group, *arch_flags, text="the victim's architecture")
     group.add_argument("--epochstrain", metavar="N", type=count, default=200, help="epochs it was trained for")
     if losses:

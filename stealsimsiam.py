@@ -15,7 +15,6 @@ from data_aug.datasets import unlabelled_split
 from data_aug.pictures import VIEWS, Views, open_pictures
 from loss import STEAL_LOSSES
 from models import SimSiamHeads, build_copy, read_checkpoint
-from models.checkpoint import encoder_from_checkpoint
 from models.layouts import IMAGENET
 from simclr import SimCLR
 from stopping import script
@@ -124,16 +123,15 @@ def main() -> None:
     loss = STEAL_LOSSES[args.losstype]
     training = options.sgd_training(args)
     check_plan(training.plan(loss), loss)
+    args.victim = runs.locate(args.victim, args.checkpoint_dir)
     checkpoint = read_checkpoint(args.victim)
     runs.check_named(checkpoint, args.victim, args, {"dataset": "dataset"})
-    named = f"{args.arch}-imagenet" if "arch" in args.given else None
-    encoder = encoder_from_checkpoint(checkpoint, str(args.victim), named)
+    encoder = runs.encoder_of(checkpoint, args.victim, options.large_arch(args))
     if args.epochstrain not in (None, checkpoint.get("epoch")):
         raise UserError(
             f"{args.victim} was trained for {checkpoint.get('epoch', 'unknown')} epochs, not {args.epochstrain}: "
             f"leave out --epochstrain, or give another victim"
         )
-    print(encoder.report)
     victim = Victim(Service(encoder.to(precision.device)), args.num_queries, options.defences(args), precision)
     queries = queries_of(args)
     with seeded(args.seed):
