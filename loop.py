@@ -95,47 +95,52 @@ class Loop:
         `losses_of(epoch)` gives what a batch's loss is in that epoch; `load` takes the indices (B,) of an epoch's
         batches and gives one after the other what that loss takes.
         """
+        self._call = parallel(*(one for one in (self.model, self.companion) if one))
+        try:
+            with deferred():
+                for epoch in range(self.first_epoch, self.training.epochs):
+                    self._epoch(epoch, count, losses_of(epoch), load)
+            barrier()  # what comes next may read what the first process wrote
+        finally:
+            self.run.finish()
+
+    def _epoch(self, epoch: int, count: int, batch_loss: BatchLoss, load: Callable) -> None:
+        """Train for one epoch, or what is left of it, and save."""
         training, device = self.training, self.precision.device
         steps = count // training.batch_size
-        self._call = parallel(*(one for one in (self.model, self.companion) if one))
-        with deferred():
-            for epoch in range(self.first_epoch, training.epochs):
-                batch_loss = losses_of(epoch)
-                begun = self._begun(epoch)
-                lr = learning_rate(training, epoch, steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                self._mode(training=True)
-                order = torch.randperm(count, generator=generator(training.seed, "order", epoch)).to(device)
-                batches = order[: steps * training.batch_size].split(training.batch_size)[begun["step"] :]
-                draws = Draws(training.seed, epoch, begun["draws"])
-                looks = (training.log_every_n_steps, device, self.matched, begun["seen"], training.print_freq)
-                watch = Watch(self.run, epoch, steps, *looks)
-                started = time.perf_counter()
-                with self._bar(epoch, steps) as bar, contextlib.closing(_closable(load(batches, epoch))) as items:
-                    bar.update(begun["step"] * training.batch_size)
-                    for step, item in enumerate(items, begun["step"]):
-                        self._stop_if_told(epoch, step, draws, watch, lr, bar)
-                        loss, features = batch_loss(item, draws)
-                        watch.add(loss.detach(), features.detach(), lr, bar)
-                        self.optimizer.zero_grad(set_to_none=True)
-                        # Gradients are averaged over the processes, and their sum is that of the whole batch.
-                        self.scaler.scale(loss * processes()).backward()
-                        self.scaler.step(self.optimizer)
-                        self.scaler.update()
-                        bar.update(training.batch_size)
-                    mean, spread = watch.close(lr, bar)
-                seconds = time.perf_counter() - started
-                self._save(epoch + 1)
-                speed = len(batches) * training.batch_size / seconds
-                values = {"loss": mean, "spread": spread, "lr": lr, "images_per_second": speed}
-                self.run.record((epoch + 1) * steps, {"epoch": epoch, **values, "seconds": seconds})
-                self.run.say(
-                    f"epoch {epoch + 1}/{training.epochs}  loss {mean:.4f}  spread {spread:.4f}  lr {lr:.3g}  "
-                    f"{speed:.0f} images/s"
-                )
-        barrier()  # what comes next may read what the first process wrote
-        self.run.finish()
+        begun = self._begun(epoch)
+        lr = learning_rate(training, epoch, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._mode(training=True)
+        order = torch.randperm(count, generator=generator(training.seed, "order", epoch)).to(device)
+        batches = order[: steps * training.batch_size].split(training.batch_size)[begun["step"] :]
+        draws = Draws(training.seed, epoch, begun["draws"])
+        looks = (training.log_every_n_steps, device, self.matched, begun["seen"], training.print_freq)
+        watch = Watch(self.run, epoch, steps, *looks)
+        started = time.perf_counter()
+        with self._bar(epoch, steps) as bar, contextlib.closing(_closable(load(batches, epoch))) as items:
+            bar.update(begun["step"] * training.batch_size)
+            for step, item in enumerate(items, begun["step"]):
+                self._stop_if_told(epoch, step, draws, watch, lr, bar)
+                loss, features = batch_loss(item, draws)
+                watch.add(loss.detach(), features.detach(), lr, bar)
+                self.optimizer.zero_grad(set_to_none=True)
+                # Gradients are averaged over the processes, and their sum is that of the whole batch.
+                self.scaler.scale(loss * processes()).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                bar.update(training.batch_size)
+            mean, spread = watch.close(lr, bar)
+        seconds = time.perf_counter() - started
+        self._save(epoch + 1)
+        speed = len(batches) * training.batch_size / seconds
+        values = {"loss": mean, "spread": spread, "lr": lr, "images_per_second": speed}
+        self.run.record((epoch + 1) * steps, {"epoch": epoch, **values, "seconds": seconds})
+        self.run.say(
+            f"epoch {epoch + 1}/{training.epochs}  loss {mean:.4f}  spread {spread:.4f}  lr {lr:.3g}  "
+            f"{speed:.0f} images/s"
+        )
 
     def features(self, network: Callable[[Tensor], Tensor], inputs: Tensor, views: int = 1) -> Tensor:
         """Features of the whole batch in float32, from this process's float images or rows, `views` of each image.

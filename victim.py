@@ -319,6 +319,7 @@ class Purchases:
         self.asked += len(rows)
         if self.keep and first_process():
             fresh = np.empty(len(rows), self.record)
-            fresh["digest"], fresh["answer"] = digests.numpy(), rows.numpy()
+            limit = np.finfo(fresh["answer"].dtype).max  # what a defence exaggerates may not fit float16
+            fresh["digest"], fresh["answer"] = digests.numpy(), rows.numpy().clip(-limit, limit)
             with self.keep.open("ab") as file:
                 file.write(fresh.tobytes())
