@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import large_scale
 import options
 import runs
 from attacks import Streamed
@@ -19,7 +20,6 @@ from loss import STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
 from probes import top1_top5
 from simclr import SimCLR
-from stealsimsiam import KIND
 from stopping import script
 from utils import Precision, Run, UserError, save_checkpoint, seeded
 
@@ -29,12 +29,12 @@ COPY = {"datasetsteal": "datasetsteal", "losstype": "losstype", "num_queries": "
 
 def parse() -> tuple[options.Parser, Namespace]:
     parser = options.Parser(__doc__.splitlines()[0])
-    options.add_picture_options(parser, dataset="downstream data set")
+    large_scale.add_picture_options(parser, dataset="downstream data set")
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument("--modeltype", choices=["victim", "stolen"], default="victim", help="which is judged")
     encoder.add_argument("--pretrained", "--victim", dest="victim", metavar="PATH", type=Path, help="the victim's file")
     encoder.add_argument("--stolen", metavar="PATH", type=Path, help="the copy's (default: found by the flags below)")
-    options.add_large_arch(encoder, "-a", "--arch", default="resnet50", text="architecture of what is judged")
+    large_scale.add_large_arch(encoder, "-a", "--arch", default="resnet50", text="architecture of what is judged")
     encoder.add_argument("--datasetsteal", metavar="NAME", default="cifar10", help="data set of its queries")
     encoder.add_argument("--losstype", choices=list(STEAL_LOSSES), default="infonce", help="loss of the copy")
     encoder.add_argument("--num_queries", metavar="N", type=options.count, default=10000, help="budget of the copy")
@@ -42,7 +42,7 @@ def parse() -> tuple[options.Parser, Namespace]:
     encoder.add_argument(
         "--epochstrain", metavar="N", type=options.count, help="refuse a victim that was trained for other epochs"
     )
-    probe = options.add_sgd_options(parser, batch_size=256)
+    probe = large_scale.add_sgd_options(parser, batch_size=256)
     probe.add_argument("--epochs", metavar="N", type=options.count, default=100, help="epochs of the linear layer")
     options.add_switch(
         probe, "--augment", False, "random crops in every epoch, instead of the centres' representations computed once"
@@ -67,7 +67,9 @@ def find(args: Namespace) -> Path:
     wanted["archstolen"] = args.arch
     if args.victim:
         wanted["victim"] = str(args.victim)
-    return runs.find_run(args.checkpoint_dir, KIND, wanted, {"seed": args.seed, "defence": None}, flag="--stolen")
+    return runs.find_run(
+        args.checkpoint_dir, large_scale.KIND, wanted, {"seed": args.seed, "defence": None}, flag="--stolen"
+    )
 
 
 def choose(args: Namespace) -> tuple[Path, dict, SimCLREncoder]:
@@ -79,7 +81,7 @@ def choose(args: Namespace) -> tuple[Path, dict, SimCLREncoder]:
         runs.check_named(checkpoint, path, args, COPY)
     if args.epochstrain and args.modeltype == "victim" and checkpoint.get("epoch") != args.epochstrain:
         raise UserError(f"{path} was trained for {checkpoint.get('epoch', 'unknown')} epochs, not {args.epochstrain}")
-    return path, checkpoint, runs.encoder_of(checkpoint, path, options.large_arch(args))
+    return path, checkpoint, runs.encoder_of(checkpoint, path, large_scale.large_arch(args))
 
 
 def unqueried(test: Pictures, checkpoint: dict) -> Tensor:
@@ -112,7 +114,7 @@ def train_probe(
         nn.init.normal_(layer.weight, std=0.01)  # as in the 2022 work, and MoCo's before
         nn.init.zeros_(layer.bias)
     config = runs.configuration("probe", args, precision)
-    training = options.sgd_training(args)
+    training = large_scale.sgd_training(args)
     trainer = SimCLR(layer, TRAIN_LOSSES["supervised"], training, run, precision, config, resume=args.resume)
     trainer.first_epoch = max(trainer.first_epoch, training.epochs if args.evaluate else args.start_epoch)
     view = "crop" if args.augment else "center"

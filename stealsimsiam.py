@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import large_scale
 import options
 import runs
 from attacks import QuerySet, Streamed
@@ -22,12 +23,10 @@ from training import check_plan
 from utils import UserError, generator, seeded
 from victim import Service, Victim
 
-KIND = "stolen-simsiam"  # of its runs
-
 
 def parse() -> tuple[options.Parser, Namespace]:
     parser = options.Parser(__doc__.splitlines()[0])
-    options.add_picture_options(parser, datasetsteal="data set that the queries are from")
+    large_scale.add_picture_options(parser, datasetsteal="data set that the queries are from")
     parser.add_argument("--dataset", metavar="NAME", default="imagenet", help="data set that the victim was trained on")
     options.add_switch(parser, "--useval", False, "query the validation (or test) split instead of the training split")
     victim = parser.add_argument_group("victim")
@@ -35,8 +34,10 @@ def parse() -> tuple[options.Parser, Namespace]:
     victim.add_argument(
         "--epochstrain", metavar="N", type=options.count, help="refuse a victim that was trained for other epochs"
     )
-    options.add_large_arch(victim, "-a", "--arch", default="resnet50", text="architecture of the victim, and the copy")
-    options.add_large_arch(victim, "--archstolen", default=None, text="the copy's (default: --arch)")
+    large_scale.add_large_arch(
+        victim, "-a", "--arch", default="resnet50", text="architecture of the victim, and the copy"
+    )
+    large_scale.add_large_arch(victim, "--archstolen", default=None, text="the copy's (default: --arch)")
     options.add_defence_options(parser)
     queries = parser.add_argument_group("queries")
     queries.add_argument("--num_queries", metavar="N", type=options.count, default=50000, help="budget, and images")
@@ -57,7 +58,7 @@ def parse() -> tuple[options.Parser, Namespace]:
 
 
 def add_training_options(parser: options.Parser) -> None:
-    training = options.add_sgd_options(parser, batch_size=128)
+    training = large_scale.add_sgd_options(parser, batch_size=128)
     training.add_argument("--losstype", choices=list(STEAL_LOSSES), default="mse", help="loss")
     training.add_argument("--epochs", "--epochssteal", metavar="N", type=options.count, default=100, help="epochs")
     training.add_argument(
@@ -121,12 +122,12 @@ def main() -> None:
     if args.victim is None:
         raise UserError("no victim: give --pretrained PATH of its checkpoint, in any layout of docs/checkpoints.md")
     loss = STEAL_LOSSES[args.losstype]
-    training = options.sgd_training(args)
+    training = large_scale.sgd_training(args)
     check_plan(training.plan(loss), loss)
     args.victim = runs.locate(args.victim, args.checkpoint_dir)
     checkpoint = read_checkpoint(args.victim)
     runs.check_named(checkpoint, args.victim, args, {"dataset": "dataset"})
-    encoder = runs.encoder_of(checkpoint, args.victim, options.large_arch(args))
+    encoder = runs.encoder_of(checkpoint, args.victim, large_scale.large_arch(args))
     if args.epochstrain not in (None, checkpoint.get("epoch")):
         raise UserError(
             f"{args.victim} was trained for {checkpoint.get('epoch', 'unknown')} epochs, not {args.epochstrain}: "
@@ -138,7 +139,9 @@ def main() -> None:
         model = build_copy(f"{args.archstolen}-imagenet", victim.dim, IMAGENET, input_size=args.size)
         companion = SimSiamHeads(victim.dim, args.out_dim) if loss.predictor else None
     core = ("datasetsteal", "archstolen", "losstype")
-    run, config, extra = runs.open_copy(parser, args, core, (args.victim, encoder), queries, precision, KIND)
+    run, config, extra = runs.open_copy(
+        parser, args, core, (args.victim, encoder), queries, precision, large_scale.KIND
+    )
     print(f"lr {training.lr:g}: --lr {args.lr:g} times --batch-size / 256; {training.optimizer}")
     job = (config, extra, args.resume, args.clear, companion)
     trainer = SimCLR(model, loss, training, run, precision, *job)

@@ -12,6 +12,7 @@ the victim answered about can be made again to be shown to the copy.
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ _IMAGENET = {"train": "train", "test": "val"}
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class Pictures(ABC):
     """Images to be read by position: `pictures[i]` is a PIL image in RGB, of its own size. See `open_pictures`.
 
     labels int64 (N,) on the CPU, -1 for an image without a class.
@@ -49,8 +50,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def __getitem__(self, position: int) -> Image.Image:
-        raise NotImplementedError
+        """The picture at a position. UserError when it can't be read."""
 
     @property
     def classes(self) -> int:

@@ -138,6 +138,20 @@ SMALL = ("--arch", "resnet10w32", "--device", "cpu")
 VICTIM = ("--dataset", "cifar10", "--epochstrain", "1")
 COPY = ("--datasetsteal", "svhn", "--epochs", "1", "--num_queries", "24")
 STEAL = (*SMALL, *VICTIM, *COPY, "--archstolen", "resnet10w32", "-b", "8")
+# A copy of a victim that is given by its file.
+ATTACK = (
+    *COPY,
+    "--dataset",
+    "cifar10",
+    "--archstolen",
+    "resnet10w32",
+    "--losstype",
+    "mse",
+    "-b",
+    "8",
+    "--device",
+    "cpu",
+)
 JUDGE = (*SMALL, "-n", "40", "--probe-epochs", "3")
 
 

@@ -1,19 +1,14 @@
 """Every layout of other people's checkpoints, written by networks of the same structure, and what is refused."""
 
-import copy
 import functools
-import itertools
-import json
 import os
 import pickle
 import re
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import linear_eval
@@ -21,146 +16,29 @@ import steal
 from models import build_encoder, load_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from models.layouts import CIFAR10, IMAGENET, LAYOUTS, OWN, Layout
-from runs import home_of, locate
-from tests.conftest import COPY, JUDGE, ROOT, SMALL
-from utils import UserError
-
-# ---- networks as their authors build them ----
-
-
-def randomise(network):
-    """Statistics and scales of BatchNorm as training leaves them, not ones and zeros."""
-    draws = torch.Generator().manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            for tensor, low, high in ((module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 2.0)):
-                tensor.copy_(torch.rand(tensor.shape, generator=draws) * (high - low) + low)
-            if module.affine:
-                module.weight.data.copy_(torch.rand(module.weight.shape, generator=draws) + 0.5)
-                module.bias.data.copy_(torch.rand(module.bias.shape, generator=draws) * 0.4 - 0.2)
-            module.num_batches_tracked.fill_(7)
-    return network.eval()
-
-
-@functools.cache
-def torch_resnet(name="resnet18", cifar=None):
-    """torchvision's, its last layer left out; `cifar` is the padding of a 3x3 stem without max-pool. Not to change."""
-    network = getattr(torchvision.models, name)()
-    network.fc = nn.Identity()
-    if cifar is not None:
-        network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=cifar, bias=False)
-        network.maxpool = nn.Identity()
-    return randomise(network)
-
-
-def parts(**modules):
-    """A module with these children, in this order."""
-    return nn.ModuleDict(modules)
-
-
-def mlp(*widths):
-    return nn.Sequential(nn.Linear(*widths[:2]), nn.ReLU(), nn.Linear(*widths[1:]))
-
-
-class LightlyBlock(nn.Module):
-    """A basic block with lightly's names."""
-
-    def __init__(self, before, width, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x):
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
-
-
-def lightly_resnet():
-    """The children of lightly's CIFAR ResNet-18, whose first ReLU is a function and no child."""
-    widths = (64, 64, 128, 256, 512)
-    stages = [
-        nn.Sequential(LightlyBlock(before, width, 1 + (before < width)), LightlyBlock(width, width, 1))
-        for before, width in itertools.pairwise(widths)
-    ]
-    stem = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
-    return randomise(nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-
-
-def with_fc(network, fc):
-    """The network with another last layer, and the same tensors."""
-    whole = copy.copy(network)
-    whole._modules = {**network._modules, "fc": fc}
-    return whole
-
-
-def wrapped(state, prefix="module."):
-    return {prefix + key: value for key, value in state.items()}
-
-
-def simsiam(network):
-    projector = nn.Sequential(nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512))
-    whole = parts(encoder=with_fc(network, projector), predictor=mlp(512, 64, 512))
-    return {"epoch": 100, "arch": "resnet18", "state_dict": wrapped(whole.state_dict()), "optimizer": {}}
-
-
-def moco_v2(network):
-    whole = parts(encoder_q=with_fc(network, mlp(512, 512, 128)), encoder_k=network).state_dict()
-    queue = {"queue": torch.rand(128, 8), "queue_ptr": torch.zeros(1, dtype=torch.long)}
-    return {"epoch": 200, "arch": "resnet18", "state_dict": wrapped({**whole, **queue})}
-
-
-def moco_v3(network):
-    whole = parts(base_encoder=with_fc(network, mlp(512, 64, 16)), momentum_encoder=network, predictor=mlp(16, 16, 16))
-    return {"state_dict": wrapped(whole.state_dict())}
-
-
-def solo(network, backbone="backbone"):
-    extra = {f"momentum_{backbone}": network, "projector": mlp(512, 64, 16), "classifier": nn.Linear(512, 10)}
-    return {"epoch": 1, "global_step": 9, "state_dict": parts(**{backbone: network}, **extra).state_dict()}
-
-
-def lightly(network):
-    return {"state_dict": parts(backbone=network, projection_head=mlp(512, 64, 16)).state_dict()}
-
-
-def lightly_torchvision(network):
-    """A sequence of all children but the last."""
-    return lightly(nn.Sequential(*list(network.children())[:-1]))
-
-
-def sthalles(network):
-    state = parts(backbone=with_fc(network, mlp(512, 512, 128))).state_dict()
-    return {"epoch": 100, "arch": "resnet18", "state_dict": state, "optimizer": {}}
-
-
-def copy_of_2022(network, width=128, wrapper="module."):
-    return {"state_dict": wrapped(parts(backbone=with_fc(network, mlp(512, 512, width))).state_dict(), wrapper)}
-
-
-def barlow_whole(network):
-    whole = parts(backbone=network, projector=mlp(512, 64, 16), bn=nn.BatchNorm1d(16))
-    return {"epoch": 3, "model": wrapped(whole.state_dict())}
-
-
-def dino_whole(network):
-    other = {key: value + 1 for key, value in network.state_dict().items()}
-    teacher = parts(backbone=network, head=mlp(512, 64, 16)).state_dict()
-    return {"student": wrapped(other, "module.backbone."), "teacher": teacher, "epoch": 5}
-
-
-def torchvision_old(network):
-    """A file from before BatchNorm counted batches."""
-    state = with_fc(network, nn.Linear(512, 1000)).state_dict()
-    return {key: value for key, value in state.items() if "num_batches" not in key}
-
-
-def own(network):
-    return {"epoch": 200, "arch": "resnet34", "state_dict": wrapped(network.state_dict(), "_orig_mod.")}
-
+from tests.conftest import ATTACK, JUDGE, ROOT, SMALL
+from tests.networks import (
+    assert_same,
+    barlow_whole,
+    copy_of_2022,
+    dino_whole,
+    lightly,
+    lightly_resnet,
+    lightly_torchvision,
+    moco_v2,
+    moco_v3,
+    own,
+    parts,
+    prepared,
+    randomise,
+    refusal,
+    simsiam,
+    solo,
+    sthalles,
+    torch_resnet,
+    torchvision_old,
+    with_fc,
+)
 
 AT_224 = (224, IMAGENET)
 SOLO_32 = (32, CIFAR10)
@@ -242,19 +120,6 @@ def write(tmp_path_factory):
         return path
 
     return once
-
-
-def prepared(images, size, normalize):
-    """What reaches the network of images (B, 3, H, W) in [0, 1], by hand."""
-    if size:
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    if normalize:
-        images = torchvision.transforms.functional.normalize(images, *normalize)
-    return images
-
-
-def assert_same(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * theirs.abs().max().item())
 
 
 def test_every_layout_has_a_file_here():
@@ -345,15 +210,6 @@ def test_stems_that_no_tensor_shows_are_told_apart_by_the_file_or_the_caller(tmp
 # ---- refusals ----
 
 
-def refusal(source, **options):
-    """The one line by which a path, or the content of a file, is refused."""
-    load = encoder_from_checkpoint if isinstance(source, dict) else load_encoder
-    with pytest.raises(UserError) as caught:
-        load(source, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def change(name, function):
     """The content of a row of FILES, with its tensors changed by a function."""
     checkpoint = made(name)[1]
@@ -438,146 +294,7 @@ def test_code_in_a_file_is_refused_with_the_way_out_and_not_run(content, named, 
     assert not (tmp_path / "attacked").exists()
 
 
-# ---- folders of timm and Hugging Face ----
-
-
-@pytest.fixture
-def timm_folder(tmp_path):
-    """A folder by timm of a small ResNet with a classifier; returns it and the network without one."""
-    timm = pytest.importorskip("timm")
-    folder = tmp_path / "timm"
-    network = randomise(timm.create_model("resnet10t", num_classes=7))
-    timm.models.save_for_hf(network, folder, safe_serialization="both")
-    network.reset_classifier(0)
-    return folder, network
-
-
-def huggingface_folder(folder, kind="resnet", task=False, preprocessor=True):
-    """A folder by transformers of a small network; returns it."""
-    transformers = pytest.importorskip("transformers")
-    config = {
-        "resnet": lambda: transformers.ResNetConfig(
-            hidden_sizes=[8, 16], depths=[1, 1], embedding_size=8, layer_type="basic"
-        ),
-        "vit": lambda: transformers.ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=32,
-            patch_size=8,
-            num_labels=3,
-        ),
-    }[kind]()
-    model = transformers.AutoModelForImageClassification if task else transformers.AutoModel
-    network = randomise(model.from_config(config, attn_implementation="eager"))
-    network.save_pretrained(folder)
-    if preprocessor:
-        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return network
-
-
-@torch.no_grad()
-def test_a_timm_folder_is_read(timm_folder):
-    folder, network = timm_folder
-    for name in ("model.safetensors", "pytorch_model.bin"):  # the first is read while it is there
-        encoder = copy.deepcopy(load_encoder(folder))
-        assert (encoder.arch, encoder.dim, encoder.has_head) == ("timm/resnet10t", 512, False)
-        images = torch.rand(2, 3, 32, 32)
-        assert_same(encoder(images), network(prepared(images, 176, IMAGENET)))
-        assert "layout of a timm folder: timm/resnet10t, h of 512 numbers" in encoder.report
-        assert "2 ignored (fc.); images resized to 176 x 176, normalised" in encoder.report
-        (folder / name).unlink()
-
-
-@torch.no_grad()
-def test_a_huggingface_folder_is_read(tmp_path):
-    network = huggingface_folder(tmp_path / "plain")
-    encoder = copy.deepcopy(load_encoder(tmp_path / "plain"))
-    assert (encoder.arch, encoder.dim, encoder.input_size) == ("huggingface/resnet", 16, 32)
-    images = torch.rand(2, 3, 40, 40)
-    expected = network(prepared(images, 32, ((0.5,) * 3, (0.5,) * 3)))
-    assert_same(encoder(images), expected.pooler_output.flatten(1))
-    assert " 0 ignored; images resized to 32 x 32, normalised by mean (0.5, 0.5, 0.5)" in encoder.report
-
-
-@torch.no_grad()
-def test_tokens_are_averaged_where_nothing_is_pooled(tmp_path):
-    """As for a classifier's folder, whose network has no pooler."""
-    network = huggingface_folder(tmp_path / "vit", "vit", task=True, preprocessor=False)
-    encoder = load_encoder(tmp_path / "vit")
-    assert (encoder.arch, encoder.input_size, encoder.normalize) == ("huggingface/vit", 32, None)
-    assert "2 ignored (classifier.)" in encoder.report
-    images = torch.rand(2, 3, 32, 32)
-    assert_same(encoder(images), network.vit(images).last_hidden_state.mean(dim=1))
-
-
-def test_half_a_folder_is_refused(timm_folder, tmp_path):
-    folder, _ = timm_folder
-    (folder / "model.safetensors").unlink()
-    state = torch.load(folder / "pytorch_model.bin")
-    del state["layer1.0.bn1.weight"]
-    torch.save({**state, "surprise": torch.zeros(1)}, folder / "pytorch_model.bin")
-    assert "1 missing: layer1.0.bn1.weight; 1 unexpected: surprise" in refusal(folder)
-    huggingface_folder(tmp_path / "other")
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "hidden_sizes": [8, 32]}))
-    assert "misshapen: " in refusal(tmp_path / "other")
-
-
-def test_folders_that_name_no_network_to_build(timm_folder, tmp_path):
-    folder, _ = timm_folder
-    for settings, expected in (
-        ({"architecture": "hf-hub:someone/something"}, "has no architecture 'hf-hub:someone/something'"),
-        ({"architecture": "resnet10t", "model_args": {"depth": 3}}, "timm cannot build resnet10t"),
-        ({"model_type": "nothing"}, "transformers cannot build nothing"),
-        ({"model_type": "detr", "backbone_config": {"model_type": "timm_backbone"}}, "would be downloaded"),
-        ({"model_type": "bert"}, "transformers"),
-        ({}, "names no network"),
-        ([], "not an object of settings"),
-    ):
-        (folder / "config.json").write_text(json.dumps(settings))
-        refusal_of_it = refusal(folder)
-        assert expected in refusal_of_it or "missing" in refusal_of_it
-    (folder / "config.json").write_text("{")
-    assert "is not JSON" in refusal(folder)
-    assert "needs config.json and model.safetensors or pytorch_model.bin" in refusal(tmp_path)
-
-
-def test_what_a_folder_asks_for_is_not_fetched(timm_folder, tmp_path):
-    """timm's own arguments in a configuration would load other weights."""
-    folder, network = timm_folder
-    config = json.loads((folder / "config.json").read_text())
-    config["model_args"] = {"checkpoint_path": str(tmp_path / "other.pth"), "pretrained": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    loaded = load_encoder(folder).backbone.model.state_dict()
-    assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize("package", ["timm", "transformers", "safetensors"])
-def test_an_absent_package_is_named(package, timm_folder, tmp_path, monkeypatch):
-    huggingface_folder(tmp_path / "transformers")
-    monkeypatch.setitem(sys.modules, package, None)
-    folder = timm_folder[0] if package != "transformers" else tmp_path / "transformers"
-    assert f"pip install {package}" in refusal(folder)
-
-
 # ---- the scripts ----
-
-ATTACK = (
-    *COPY,
-    "--dataset",
-    "cifar10",
-    "--archstolen",
-    "resnet10w32",
-    "--losstype",
-    "mse",
-    "-b",
-    "8",
-    "--device",
-    "cpu",
-)
 
 
 def test_another_projects_encoder_is_stolen_and_judged(call, refused, tmp_path):
@@ -599,15 +316,6 @@ def test_another_projects_encoder_is_stolen_and_judged(call, refused, tmp_path):
     assert "arch resnet18-imagenet" in out
 
 
-def test_a_folder_is_stolen_from(call, tmp_path):
-    huggingface_folder(tmp_path / "bought")
-    code, out, err = call(steal, *ATTACK, "--victim", tmp_path / "bought")
-    assert code == 0, err
-    copied = out.splitlines()[-1].removeprefix("copy: ")
-    assert "/bought-" in copied
-    assert read_checkpoint(copied)["settings"]["arch"] == "huggingface/resnet"
-
-
 def test_a_victim_by_the_name_of_its_run(call, trained, tmp_path):
     victim = trained.parent.parent
     for name in (victim.name, victim):
@@ -615,28 +323,3 @@ def test_a_victim_by_the_name_of_its_run(call, trained, tmp_path):
         assert code == 0, err
         assert f"victim: {victim / 'checkpoint.pth.tar'}" in out
     assert "layout of" not in out
-
-
-def test_locate_takes_paths_folders_and_names(tmp_path):
-    for name in ("a/x", "b/x", "b/y", "other"):
-        (tmp_path / name).mkdir(parents=True)
-        if name != "other":
-            (tmp_path / name / "checkpoint.pth.tar").touch()
-    found = {name: locate(tmp_path.__class__(name), tmp_path) for name in ("y", "a/x", "nothing", "other")}
-    assert found["y"] == tmp_path / "b" / "y" / "checkpoint.pth.tar"
-    assert found["a/x"] == tmp_path / "a" / "x" / "checkpoint.pth.tar"
-    assert str(found["nothing"]) == "nothing"
-    assert locate(tmp_path / "other", tmp_path) == tmp_path / "other"
-    assert locate(tmp_path / "b" / "y", tmp_path / "a") == found["y"]
-    with pytest.raises(UserError, match=r"several runs are named x: .*/a/x/.*/b/x/"):
-        locate(tmp_path.__class__("x"), tmp_path)
-
-
-def test_the_home_of_a_folder_follows_its_content(tmp_path):
-    folder = tmp_path / "bought"
-    folder.mkdir()
-    (folder / "config.json").write_text("1")
-    first = home_of(folder, tmp_path)
-    assert first.name.startswith("bought-")
-    (folder / "config.json").write_text("2")
-    assert home_of(folder, tmp_path) != first

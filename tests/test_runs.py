@@ -9,6 +9,7 @@ import yaml
 
 import run
 import runs
+from runs import home_of, locate
 from utils import UserError
 
 
@@ -103,3 +104,28 @@ def test_ledger_figures_count_an_image_once_whichever_accounts_asked():
     }
     assert runs.ledger_figures({"ledger": ledger}) == {"queries": 7, "distinct": 3}
     assert runs.ledger_figures({}) == {"queries": 0, "distinct": 0}
+
+
+def test_locate_takes_paths_folders_and_names(tmp_path):
+    for name in ("a/x", "b/x", "b/y", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        if name != "other":
+            (tmp_path / name / "checkpoint.pth.tar").touch()
+    found = {name: locate(tmp_path.__class__(name), tmp_path) for name in ("y", "a/x", "nothing", "other")}
+    assert found["y"] == tmp_path / "b" / "y" / "checkpoint.pth.tar"
+    assert found["a/x"] == tmp_path / "a" / "x" / "checkpoint.pth.tar"
+    assert str(found["nothing"]) == "nothing"
+    assert locate(tmp_path / "other", tmp_path) == tmp_path / "other"
+    assert locate(tmp_path / "b" / "y", tmp_path / "a") == found["y"]
+    with pytest.raises(UserError, match=r"several runs are named x: .*/a/x/.*/b/x/"):
+        locate(tmp_path.__class__("x"), tmp_path)
+
+
+def test_the_home_of_a_folder_follows_its_content(tmp_path):
+    folder = tmp_path / "bought"
+    folder.mkdir()
+    (folder / "config.json").write_text("1")
+    first = home_of(folder, tmp_path)
+    assert first.name.startswith("bought-")
+    (folder / "config.json").write_text("2")
+    assert home_of(folder, tmp_path) != first
