@@ -128,7 +128,7 @@ def set_up(args: argparse.Namespace) -> Place | None:
             f"process {place.rank} of {place.processes} finds no job at {place.address}:{place.port}: are all started, "
             f"and is the port free? {str(error).splitlines()[0][:120]}"
         ) from None
-    stopping.join(stores[1], place.rank, place.processes, place.rank == 0 and not place.hosted)
+    stopping.join(stores[1], place.rank, place.processes, not place.hosted)
     # Tensors on a GPU go through NCCL, those on the CPU, such as answers and digests, through gloo.
     over_nccl = torch.cuda.is_available() and args.dist_backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if over_nccl else "gloo"

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from utils import UserError
 
 SAVED = 75  # exit code: what was done is saved, the same command with --resume goes on (EX_TEMPFAIL of sysexits.h)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's before it takes the machine away
+# A scheduler's before it takes the machine away; Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 LOOK_EVERY = 0.5  # seconds between looks at the job's store
 SILENT_FOR = 30.0  # seconds without a sign of life after which a process counts as dead
 
@@ -150,8 +151,9 @@ def received() -> str | None:
 class _Membership:
     """This process's part in a job: signs of life, and who failed first. Runs a thread until `leave` or `fail`."""
 
-    def __init__(self, store: dist.Store, rank: int, processes: int, hosts_store: bool):
-        self.store, self.rank, self.processes, self.hosts_store = store, rank, processes, hosts_store
+    def __init__(self, store: dist.Store, rank: int, processes: int, hosted_by_process: bool):
+        self.store, self.rank, self.processes = store, rank, processes
+        self.hosted_by_process = hosted_by_process
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
@@ -167,9 +169,8 @@ class _Membership:
                 if self.rank == 0:
                     seen = [self._sign_of(other, *seen[other]) for other in range(self.processes)]
             except (RuntimeError, dist.DistNetworkError):  # the process that holds the store is gone
-                if _Signals.received:
-                    return  # as it was told to; this one has yet to save
-                if not self.leaving.wait(LOOK_EVERY):
+                # A launcher that keeps the store goes when it was told to, and its processes have yet to save.
+                if not self.leaving.wait(LOOK_EVERY if self.hosted_by_process else SILENT_FOR):
                     self._end(1, "")
 
     def _sign_of(self, other: int, signs: int, when: float) -> tuple[int, float]:
@@ -190,13 +191,14 @@ class _Membership:
                 self.store.wait(["failed"], timedelta(seconds=5))
                 self._follow()
             self.store.set("failed", str(code))
+            self.store.set(f"followed/{self.rank}", "")
             said = False
         self._end(code, "" if said else traceback.format_exc() if text is None else text)
 
     def _follow(self) -> None:
         """End as the process that failed first."""
         code = int(self.store.get("failed"))
-        self.store.add("followed", 1)
+        self.store.set(f"followed/{self.rank}", "")  # by either thread, or both
         self._end(code, "")
 
     def _end(self, code: int, text: str) -> None:
@@ -204,10 +206,11 @@ class _Membership:
         sys.stdout.flush()
         if text:
             print(text, file=sys.stderr, end="", flush=True)
-        if self.hosts_store:  # the others have to read it first
+        if self.hosted_by_process and self.rank == 0:  # the others have to read it first
             deadline = time.monotonic() + 5
             with contextlib.suppress(RuntimeError):
-                while self.store.add("followed", 0) < self.processes - 1 and time.monotonic() < deadline:
+                others = [f"followed/{rank}" for rank in range(1, self.processes)]
+                while not self.store.check(others) and time.monotonic() < deadline:
                     time.sleep(0.1)
         os._exit(code)
 
@@ -222,7 +225,10 @@ class _Membership:
 _membership: _Membership | None = None
 
 
-def join(store: dist.Store, rank: int, processes: int, hosts_store: bool) -> None:
-    """From here on this process ends with the job's others: `store` is a connection of its own to the job's store."""
+def join(store: dist.Store, rank: int, processes: int, hosted_by_process: bool) -> None:
+    """From here on this process ends with the job's others.
+
+    `store` is a connection of its own to the job's store, which the first process keeps, or else a launcher.
+    """
     global _membership
-    _membership = _Membership(store, rank, processes, hosts_store)
+    _membership = _Membership(store, rank, processes, hosted_by_process)

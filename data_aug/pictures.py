@@ -231,14 +231,24 @@ def _shared(batch: Tensor) -> Tensor:
 
 
 def _start(loader: DataLoader) -> Iterator[Tensor | UserError]:
-    """The loader's iterator, without its handler for a worker's death: that would raise in whatever line the main
-    thread is at, the caller's too. Without it the death is found, seconds later, where the next batch is waited for."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)  # where torch sets no handler either
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return iterator
+    """The loader's iterator, with its workers started.
+
+    They start with the signals to stop blocked: until a worker ignores them, one to the whole group would end it.
+    torch's handler for a worker's death is taken away: it would raise in whatever line the main thread is at, the
+    caller's too. Without it the death is found, seconds later, where the next batch is waited for.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)  # on Windows, which has none of these signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            return iter(loader)
+        handler = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(loader)
+        signal.signal(signal.SIGCHLD, handler)
+        return iterator
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _next(iterator: Iterator[Tensor | UserError]) -> Tensor | UserError | None:

@@ -13,6 +13,7 @@ import torch
 
 from models import build_encoder
 from tests.conftest import ROOT, write_imagenet
+from tests.jobs import free_port
 from utils import seeded
 
 STEAL = """stealsimsiam.py --world-size -1 --rank 0 --pretrained models/checkpoint_0099-batch256.pth.tar
@@ -87,7 +88,7 @@ def test_both_commands_by_two_processes_after_a_preemption(place):
 
 def test_a_process_for_each_gpu_of_each_machine_without_torchrun(place):
     """--multiprocessing-distributed on two "machines", which have no GPUs, so one process each."""
-    port = 29871
+    port = free_port()
     flags = ["--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{port}", "--multiprocessing-distributed"]
     line = [sys.executable, str(ROOT / "stealsimsiam.py"), "--pretrained", "nowhere.pth.tar"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -21,6 +21,7 @@ from data_aug import pictures
 from data_aug.augment import draw_boxes
 from data_aug.datasets import load_dataset, read_picture
 from data_aug.pictures import Views, open_pictures, stream
+from stopping import SIGNALS
 from utils import UserError, generator
 
 CPU = torch.device("cpu")
@@ -340,6 +341,25 @@ def test_closing_early_ends_the_workers(train):
     for _ in stream(views, positions(len(train), 1), 1, CPU):
         break
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.5], ids=lambda delay: f"after {delay} s")
+def test_a_signal_to_the_whole_group_ends_no_worker_however_early_it_comes(train, number, delay, monkeypatch):
+    start = pictures._start
+
+    def started(loader):
+        iterator = start(loader)
+        time.sleep(delay)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+        return iterator
+
+    monkeypatch.setattr(pictures, "_start", started)
+    views = Views(train, "center", 32)
+    batches = torch.arange(len(train)).split(4)
+    assert len(collect(views, batches, workers=2)) == len(batches)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
