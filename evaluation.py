@@ -54,15 +54,17 @@ def represent(
 
     `output` is a method of the encoder to call instead, such as `encoder.project`.
     """
-    device = next(encoder.parameters()).device
-    precision = precision or Precision("fp32", device)
-    parts = []
-    with frozen(encoder), torch.no_grad():
-        for batch in images.split(batch_size):
-            batch = to_float(batch.to(device)).contiguous(memory_format=precision.memory_format)
-            with precision.autocast():
-                parts.append((output or encoder)(batch).float())
-    return torch.cat(parts)
+    precision = precision or Precision("fp32", next(encoder.parameters()).device)
+    with frozen(encoder):
+        return torch.cat([represent_batch(output or encoder, part, precision) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def represent_batch(encoder: Callable[[Tensor], Tensor], images: Tensor, precision: Precision) -> Tensor:
+    """Representations (B, D), float32, of uint8 or float images (B, 3, H, W), by an encoder in eval mode."""
+    images = to_float(images.to(precision.device)).contiguous(memory_format=precision.memory_format)
+    with precision.autocast():
+        return encoder(images).float()
 
 
 def represent_streamed(encoder: nn.Module, images: Streamed, precision: Precision, batch_size: int = 256) -> Tensor:
@@ -71,10 +73,11 @@ def represent_streamed(encoder: nn.Module, images: Streamed, precision: Precisio
     Each process of a job represents its share of every batch; all get all rows.
     """
     batches = torch.arange(len(images)).split(batch_size)
-    with tqdm(total=len(images), desc="representations", unit="img", disable=quiet(), leave=False) as bar:
-        parts = []
+    bar = tqdm(total=len(images), desc="representations", unit="img", disable=quiet(), leave=False)
+    parts = []
+    with bar, frozen(encoder):
         for index, own in images.shares(batches, precision.device):
-            parts.append(gather(represent(encoder, own, precision).half(), len(index)))
+            parts.append(gather(represent_batch(encoder, own, precision).half(), len(index)))
             bar.update(len(index))
     return torch.cat(parts)
 

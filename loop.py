@@ -161,7 +161,7 @@ class Loop:
 
     def _begun(self, epoch: int) -> dict:
         """Where an epoch starts: at its first step, unless a run that was told to stop had begun it."""
-        begun = self.resumed.get("begun") if epoch == self.first_epoch else None
+        begun = self.resumed.get("begun") if epoch == self.resumed.get("epoch") else None
         return begun or {"step": 0, "draws": {}, "seen": ([], [])}
 
     def _stop_if_told(self, epoch: int, step: int, draws: Draws, watch: Watch, lr: float, bar: tqdm) -> None:

@@ -133,7 +133,9 @@ def add_run_options(parser: Parser, recipe: bool = True, job: bool = False, stre
     group.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     resumed = "go on with the run of the same name, or do nothing if it is finished"
     if streamed:
-        group.add_argument("-j", "--workers", metavar="N", type=int, default=8, help="processes that read images, or 0")
+        group.add_argument(
+            "-j", "--workers", metavar="N", type=int, default=8, help="that read images, for each process of a job"
+        )
         group.add_argument(
             "--resume",
             metavar="True|False|PATH",

@@ -15,7 +15,7 @@ from attacks import Answered, Plan, Streamed, StreamedAnswers
 from data_aug.augment import crop_and_flip, random_views
 from defenses.watermark import half_turns
 from distributed import Part, barrier
-from evaluation import represent
+from evaluation import represent, represent_batch
 from loop import BatchLoss, Draws, Loop
 from monitor import spread_of
 from training import check_plan
@@ -176,7 +176,7 @@ class SimCLR(Loop):
             if isinstance(item, Tensor):
                 index, own = item, held[item[Part.of(len(item), 1, device).own]].float()
             else:
-                index, own = item[0], represent(encoder, item[1], self.precision)
+                index, own = item[0], represent_batch(encoder, item[1], self.precision)
             logits = self.features(self.model, own)
             return F.cross_entropy(logits, labels[index]), logits
 
@@ -209,7 +209,8 @@ class SimCLR(Loop):
         """Buy the answers to images that don't fit in memory; they stay in the file that keeps them, as float16."""
         purchases = Purchases(victim, keep, dtype=np.float16)
         spreads = []
-        parts = functools.partial(queries.parts, device=self.precision.device)
+        # On the CPU, where the ledger takes their digests; the victim sends them on to its device.
+        parts = functools.partial(queries.parts, device=torch.device("cpu"))
         for answers in purchases.ask_each(len(queries), parts):
             spreads.append(spread_of(answers).item())
         if not self.companion:
