@@ -7,137 +7,101 @@ images that the head is for: training and use see the same defence, in one accou
 """
 
 import time
-from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-
-import options
 import runs
-from data_aug.datasets import load_labelled, load_queries
-from defenses import Defence
-from evaluation import load_test
+from data_aug.datasets import DATASET_NAMES, Data, check_name
+from defenses import DEFENCES, Defence, DefenceChoice, use_defences
+from evaluation.encoders import pasted
+from evaluation.rows import rounded
+from evaluation.user import UserHead, load_user, lost_words, user_scores
+from jobs.ending import script
+from jobs.machine import Machine, Threads, set_up
 from loss import STEAL_LOSSES
-from models import SimCLREncoder
-from probes import Labelled, logistic_regression, mlp_probe
-from stopping import script
-from utils import Precision, Run, UserError
-from victim import Purchases, Service, Victim, digest_tensor
-
-ACCOUNT = "user"
+from settings import Command, Parser, Settings, setting
+from training.objective import LossChoice
+from victim import Api, Victim
 
 
-def parse() -> tuple[options.Parser, Namespace]:
-    parser = options.Parser(__doc__.splitlines()[0])
-    options.add_data_options(
-        parser,
-        dataset="data set that the victim was trained on",
-        dataset_test="the user's: as trained on by the victim, its test images without the last 1,000 are the user's",
+@dataclass(frozen=True)
+class User(Settings):
+    """The user's images."""
+
+    dataset_test: str = setting(
+        "cifar10",
+        f"the user's data set (the victim's: its test images without the last 1,000 are the user's): {DATASET_NAMES}",
+        read=check_name,
+        flags=("-dataset-test", "--dataset-test"),
+        title="data",
     )
-    options.add_victim_options(parser, "-a", "--arch", "--archvic")
-    options.add_defence_options(parser)
-    parser.add_argument(
-        "--losstype",
-        choices=list(STEAL_LOSSES),
-        default="infonce",
-        help="--defence True means what it does against an attack by this loss",
+    num_queries: int = setting(
+        9000, "labelled images that the user trains on", at_least=1, flags=("--num_queries",), title="data"
     )
-    parser.add_argument(
-        "--num_queries", metavar="N", type=options.count, default=9000, help="labelled images that the user trains on"
+    num_test: int | None = setting(
+        None, "number of test images to use, the last ones", at_least=1, otherwise="all", title="data"
     )
-    parser.add_argument("--num-test", metavar="N", type=options.count, help="test on the last N images only")
-    head = parser.add_argument_group("head")
-    head.add_argument("--epochs", metavar="N", type=options.count, default=100, help="epochs of the head's training")
-    head.add_argument("-b", "--batch-size", metavar="N", type=options.count, default=64, help="images in a batch")
-    head.add_argument("--lrhead", metavar="LR", type=options.positive, default=1e-3, help="Adam's learning rate")
-    head.add_argument("--wd", "--weight-decay", metavar="WD", type=float, default=1e-4, dest="weight_decay")
-    options.add_run_options(parser, recipe=False)
-    args = parser.parse_args()
-    named = args.defence is True
-    options.resolve_defence(args, args.losstype)
-    idle = {"losstype": None if named else "without --defence True"}
-    options.refuse_idle(parser, args, {**idle, **options.idle_without_defence(args)})
-    return parser, args
 
 
-def load_user(args: Namespace) -> tuple[Labelled, Labelled, int]:
-    """The user's labelled images to train on and to test on, and how many of the latter are among the former."""
-    name = args.dataset_test
-    if name == args.dataset:  # the victim was trained on the others
-        images, labels, split = load_queries(name, args.dataset, args.data)
-    else:
-        images, labels, split = *load_labelled(name, args.data, "train"), "train"
-    if (labels < 0).any():
-        raise UserError(f"the {split} split of {name} has images without labels: choose another --dataset-test")
-    if args.num_queries > len(images):
-        raise UserError(f"the {split} split of {name} has {len(images)} images for a user: lower --num_queries")
-    images, labels = images[: args.num_queries], labels[: args.num_queries]
-    record = {"query_set": {"dataset": name, "split": split}, "query_digests": digest_tensor(images)}
-    test_images, test_labels, common = load_test(name, args.data, record, args.num_test)
-    return (images, labels), (test_images, test_labels), common
+OWNERS = (Data, User, runs.VictimChoice, DefenceChoice, *DEFENCES.values(), LossChoice, UserHead, Machine, Threads)
 
 
-def served(
-    args: Namespace,
-    encoder: SimCLREncoder,
-    train: Labelled,
-    test: Labelled,
-    precision: Precision,
-    defences: list[Defence],
-) -> tuple[dict[str, float], Victim]:
-    """What a user reaches on answers of a victim with these defences, and that victim.
+def make_parser() -> Parser:
+    return Parser(
+        __doc__,
+        OWNERS,
+        kind="legitimate",
+        core=("dataset_test", "num_queries", "seed"),
+        implied=("dataset", "arch", "epochstrain", "lossvictim", "losstype"),
+        choices={"losstype": STEAL_LOSSES},
+    )
 
-    top1 and top5: the head of the 2022 code, two layers as wide as an answer; top1_converged: a linear one.
-    """
-    victim = Victim(Service(encoder), defences=defences, precision=precision)
-    purchases = Purchases(victim)
-    answers = [
-        (purchases.ask(images, ACCOUNT).to(precision.device), labels.to(precision.device))
-        for images, labels in (train, test)
-    ]
-    settings = {"epochs": args.epochs, "batch_size": args.batch_size, "weight_decay": args.weight_decay}
-    head = mlp_probe(*answers, args.lrhead, args.seed, hidden=victim.dim, **settings)
-    linear = logistic_regression(*answers, args.seed)
-    scores = {name: head.scores[name] for name in ("top1", "top5", "loss")}
-    scores["top1_converged"] = linear.scores["top1"]
-    return scores, victim
+
+def parse(line: Sequence[str] | None = None) -> Command:
+    command = make_parser().parse(line)
+    by_loss = command.defence is True  # --defence True means what it does against an attack by a loss
+    command.use_all(Data, User, runs.VictimChoice, UserHead, Machine, Threads, LossChoice)
+    use_defences(command, command.losstype, command.seed)
+    command.refuse_idle(losstype=None if by_loss else "without --defence True")
+    return command
 
 
 @script
 def main() -> None:
     started = time.perf_counter()
-    parser, args = parse()
-    precision = options.set_up(args)
-    defences = options.defences(args)
-    path, encoder = runs.open_victim(args)
-    encoder = encoder.to(precision.device)
-    train, test, common = load_user(args)
-    implied = ("dataset", "arch", "epochstrain", "lossvictim", "losstype")
-    name = runs.run_name("legitimate", parser, args, ("dataset_test", "num_queries", "seed"), implied)
-    run = Run(runs.home_of(path, args.checkpoint_dir) / name)
-    config = runs.configuration("legitimate", args, precision)
+    command = parse()
+    machine, precision = set_up(command)
+    path, _, encoder = runs.open_victim(command)
+    run = runs.open_run(command, runs.home_of(path, machine.checkpoint_dir), precision)
+    if run.done():
+        return
+    name, defences = command.dataset_test, command.all(Defence)
+    train, test, common = load_user(name, command.dataset, command.data, command.num_queries, command.num_test)
 
     # The defended answers first: what cannot work is refused before anything is written.
-    scores, victim = served(args, encoder, train, test, precision, defences)
-    clean = served(args, encoder, train, test, precision, [])[0] if defences else scores
-    run.start(config, args.clear)
-    run.say(f"victim: {path}")
-    sources = {ACCOUNT: torch.arange(len(train[1]) + len(test[1]))}
+    api = Api(encoder.to(precision.device))
+    victim = Victim(api, defences=defences, precision=precision)
+    bought = (train, test, command[UserHead], precision, machine.seed)
+    scores, report = user_scores(victim, *bought)
+    clean = user_scores(Victim(api, precision=precision), *bought)[0] if defences else scores
+    run.start()
+    run.say(f"victim: {runs.relative(pasted(path))}")
     row = {
-        **{"model": "user", "arch": encoder.arch, "downstream": args.dataset_test, "defence": args.defence},
-        **{name: round(value, 6) for name, value in scores.items()},
-        **{f"clean_{name}": round(value, 6) for name, value in clean.items()},
-        **victim.met(sources),
+        **{"model": "user", "arch": encoder.arch, "downstream": name, "defence": command.defence},
+        **{**rounded(scores), **rounded(clean, "clean_"), **report},
         **{"train_images": len(train[1]), "test_images": len(test[1]), "test_images_queried": common},
-        **{"queries": victim.ledger.queries, "distinct": victim.ledger.distinct, "seed": args.seed},
-        **{"seconds": round(time.perf_counter() - started, 1), "checkpoint": str(path), **config["provenance"]},
+        **{"queries": victim.ledger.queries, "distinct": victim.ledger.distinct, "seed": machine.seed},
+        **{"seconds": round(time.perf_counter() - started, 1), "checkpoint": str(path), **run.config["provenance"]},
     }
     run.say(f"without a defence: top1 {clean['top1']:.2f}, top1_converged {clean['top1_converged']:.2f}")
     if defences:
-        lost = clean["top1_converged"] - scores["top1_converged"]
-        run.say(f"with {args.defence}: top1 {scores['top1']:.2f}, top1_converged {scores['top1_converged']:.2f}")
-        run.say(f"the user loses {clean['top1'] - scores['top1']:.2f} and {lost:.2f} points")
-    runs.add_row(run, args.checkpoint_dir, row, step=args.epochs)
+        run.say(f"with {command.defence}: top1 {scores['top1']:.2f}, top1_converged {scores['top1_converged']:.2f}")
+        run.say(lost_words(scores, clean))
+    run.add_row(row, step=command.epochs)
     run.finish()
+    defended = ("--defence", command.defence) if defences else ()
+    attack = ("--victim", pasted(path), "--datasetsteal", "svhn", "--losstype", "mse")
+    runs.say_next(command, "steal.py", *attack, *defended)
 
 
 if __name__ == "__main__":

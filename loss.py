@@ -1,17 +1,21 @@
 """Every loss, one function each, and the tables of their names with the hyper-parameters they were published with.
 
-Rows of several views of one image are view-major: all first views, then all second views. Losses are pure functions of
-float32 tensors to a scalar; the victim's answers carry no gradient. `docs/extending.md` adds one.
+Rows of several views of an image are view-major: all first views, then all second views. Losses are pure functions of
+float32 tensors to a scalar; the victim's answers carry no gradient. docs/extending.md shows how to add a loss.
+
+    STEAL_LOSSES["infonce"](copy, victim, temperature=0.07)
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from settings import setting
+from training.objective import Loss
 
 # ---- between the rows of one set of features ----
 
@@ -252,81 +256,57 @@ def label_cross_entropy(copy: Tensor, victim: Tensor) -> Tensor:
     return F.cross_entropy(copy, victim)
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss with the hyper-parameters of the 2022 work, and what it needs.
+# ---- the tables ------------------------------------------------------------------------------------------------------
 
-    `takes` maps its further arguments to settings of `simclr.Training`; `views` is the number of rows of an image and
-    `labels` those of the batch. It needs at least `min_views` rows of an image. A loss that is about the image itself
-    and augmentations of it has the image first (`plain_first`); one with a `predictor` compares through SimSiam's two
-    heads. `augment` names the random views of a victim's training.
-    """
+_TEMPERATURE = {"temperature": setting(0.07, "temperature of contrastive losses", above=0)}
+_SOFTNN = {
+    "temperaturesn": setting(
+        100.0, "temperature of softnn", above=0, flags=("--tempsn", "--temperaturesn"), argument="temperature"
+    )
+}
+_STOLENENCODER = {
+    "distance": setting("l2", "distance of stolenencoder between answers", choices=DISTANCES),
+    "lambda_aug": setting(
+        9.0,
+        "weight of stolenencoder's augmentations",
+        at_least=0,
+        acts=lambda command: None if command.useaug else "without --useaug: there are no augmentations to weigh",
+    ),
+}
 
-    function: Callable[..., Tensor]
-    batch_size: int
-    lr: float
-    weight_decay: float = 1e-4
-    optimizer: str = "adam"
-    momentum: float = 0.9
-    takes: Mapping[str, str] = field(default_factory=dict)
-    min_views: int = 1
-    plain_first: bool = False
-    predictor: bool = False
-    augment: str = "simclr"
-
-    def __call__(self, *args: Tensor, **kwargs) -> Tensor:
-        return self.function(*args, **kwargs)
-
-    @property
-    def needs_labels(self) -> bool:
-        return "labels" in self.takes.values()
-
-
-_VIEWS = {"views": "views"}
-_CONTRASTIVE = {"temperature": "temperature", **_VIEWS}
-_SOFTNN = {"temperature": "temperaturesn", **_VIEWS}
-_SUPCON = {"labels": "labels", "temperature": "temperature"}
-
-# A new loss is one function above and one row here.
+# A new loss is one function above and one row here; hyper-parameters of its own are `settings` of the row.
 TRAIN_LOSSES = {
-    "infonce": Loss(nt_xent, 256, 3e-4, takes=_CONTRASTIVE, min_views=2),
-    "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, takes=_SOFTNN, min_views=2),
-    "supcon": Loss(supcon_training, 256, 0.05, optimizer="sgd", takes=_SUPCON, min_views=2),
-    "barlow": Loss(barlow, 256, 3e-4, takes=_VIEWS, min_views=2),
-    "supervised": Loss(supervised, 128, 0.1, 5e-4, "sgd", takes={"labels": "labels"}, augment="crop and flip"),
+    "infonce": Loss(nt_xent, 256, 3e-4, settings=_TEMPERATURE, min_views=2),
+    "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, settings=_SOFTNN, min_views=2),
+    "supcon": Loss(supcon_training, 256, 0.05, optimizer="sgd", settings=_TEMPERATURE, min_views=2),
+    "barlow": Loss(barlow, 256, 3e-4, min_views=2),
+    "supervised": Loss(supervised, 128, 0.1, 5e-4, "sgd", augment="crop and flip"),
 }
 STEAL_LOSSES = {
-    "infonce": Loss(infonce, 256, 3e-4, takes=_CONTRASTIVE),
-    "softnn": Loss(softnn, 256, 1e-3, takes=_SOFTNN),
-    "supcon": Loss(supcon, 256, 0.05, optimizer="sgd", takes=_SUPCON),
-    "symmetrized": Loss(symmetrized, 256, 0.05, optimizer="sgd", takes=_VIEWS, min_views=2, predictor=True),
+    "infonce": Loss(infonce, 256, 3e-4, settings=_TEMPERATURE),
+    "softnn": Loss(softnn, 256, 1e-3, settings=_SOFTNN),
+    "supcon": Loss(supcon, 256, 0.05, optimizer="sgd", settings=_TEMPERATURE),
+    "symmetrized": Loss(symmetrized, 256, 0.05, optimizer="sgd", min_views=2, predictor=True),
     "barlow": Loss(barlow_stealing, 256, 1e-3),
     "mse": Loss(mse, 64, 1e-3),
     "cosine": Loss(cosine, 64, 1e-3),
     "softce": Loss(softce, 64, 1e-3),
     "bce": Loss(bce, 64, 1e-3),
     "wasserstein": Loss(wasserstein, 64, 1e-3),
-    "contsteal": Loss(contsteal, 32, 3e-4, 0.0, takes=_CONTRASTIVE),
-    "stolenencoder": Loss(
-        stolenencoder,
-        64,
-        1e-3,
-        5e-4,
-        "sgd",
-        takes={**_VIEWS, "lambda_aug": "lambda_aug", "distance": "distance"},
-        plain_first=True,
-    ),
-    "rda": Loss(rda, 100, 1e-3, 0.0, takes=_CONTRASTIVE),
+    "contsteal": Loss(contsteal, 32, 3e-4, 0.0, settings=_TEMPERATURE),
+    "stolenencoder": Loss(stolenencoder, 64, 1e-3, 5e-4, "sgd", settings=_STOLENENCODER, plain_first=True),
+    "rda": Loss(rda, 100, 1e-3, 0.0, settings=_TEMPERATURE),
 }
 # Modes of steallabels.py: probabilities or labels by Adam as in the 2022 code, or by Knockoff Nets' SGD.
 LABEL_LOSSES = {
     "direct": Loss(label_cross_entropy, 64, 3e-4, 8e-4),
     "knockoff": Loss(label_cross_entropy, 64, 0.01, 5e-4, "sgd", 0.5),
 }
-# What stealhead.py trains a head by: its outputs for several views of each image, or the victim's true projections.
+# Losses of the head that stealhead.py re-creates: of its outputs for several views of each image, or against the
+# victim's true projections.
 HEAD_LOSSES = {
-    "infonce": Loss(nt_xent, 256, 1e-3, takes=_CONTRASTIVE, min_views=2),
-    "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, takes=_SOFTNN, min_views=2),
-    "mse": Loss(mse_between_views, 256, 1e-3, takes=_VIEWS, min_views=2),
+    "infonce": Loss(nt_xent, 256, 1e-3, settings=_TEMPERATURE, min_views=2),
+    "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, settings=_SOFTNN, min_views=2),
+    "mse": Loss(mse_between_views, 256, 1e-3, min_views=2),
     "msewithhead": Loss(mse, 256, 1e-3),
 }

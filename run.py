@@ -1,70 +1,114 @@
-"""Train a victim: a SimCLR encoder, or one by another loss.
+"""Train a victim: a SimCLR encoder, or an encoder by another loss.
 
 python run.py -data ./datasets --dataset cifar10 --epochs 200 --arch resnet34
+torchrun --nproc-per-node 4 run.py --dataset cifar10 --epochs 200 --arch resnet34
 """
 
-from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import options
 import runs
-from data_aug.datasets import channel_statistics, load_dataset, take_balanced, unlabelled_split
+from data_aug.datasets import (
+    DATASET_NAMES,
+    Data,
+    channel_statistics,
+    check_name,
+    load_dataset,
+    take_balanced,
+    unlabelled_split,
+)
+from data_aug.images import Stored
 from defenses.watermark import WatermarkMLP, watermark_line
+from jobs.ending import script
+from jobs.machine import Machine, Threads, set_up
+from jobs.place import Processes
 from loss import TRAIN_LOSSES
-from models import build_encoder
+from models import USUAL, arch_name, build_encoder
+from settings import Command, Parser, Settings, setting
 from simclr import SimCLR
-from stopping import script
-from utils import Run, seeded
+from training.objective import Loss, LossChoice
+from training.recipe import Protocol, Recipe
+from utils import seeded
 
 
-def parse() -> tuple[options.Parser, Namespace]:
-    parser = options.Parser(__doc__.splitlines()[0])
-    options.add_data_options(parser, dataset="data set that the victim is trained on")
-    parser.add_argument("--num-train", metavar="N", type=options.count, help="a class-balanced subset of N images")
-    options.add_switch(parser, "--normalize", False, "normalise images by the training set's channel statistics")
-    options.add_arch(parser, "-a", "--arch", text="the victim's architecture")
-    parser.add_argument("--out_dim", metavar="N", type=options.count, default=128, help="width of the projections")
-    options.add_switch(parser, "--watermark", False, "train a rotation watermark with it, which verify.py looks for")
-    training = options.add_training_options(parser, TRAIN_LOSSES, epochs=200)
-    training.add_argument(
-        "--n-views", metavar="N", type=options.count, help="random views of an image (default: 2, or 1)"
+@dataclass(frozen=True)
+class Train(Settings):
+    """What a victim is, and what it is trained on."""
+
+    dataset: str = setting(
+        "cifar10",
+        f"data set that the victim is trained on: {DATASET_NAMES}",
+        read=check_name,
+        flags=("-dataset", "--dataset"),
+        title="data",
     )
-    options.add_run_options(parser, job=True)
-    args = parser.parse_args()
-    loss = TRAIN_LOSSES[args.losstype]
-    options.fill(args, options.of_loss(loss), {"n_views": loss.min_views, "temperature": 0.07})
-    supervised = "with the loss supervised: the head has an output for each class"
-    idle = {"out_dim": supervised if args.losstype == "supervised" else None}
-    options.refuse_idle(parser, args, {**options.idle_with(loss, args), **idle})
-    return parser, args
+    num_train: int | None = setting(None, "train on a class-balanced subset of N images", at_least=1, title="data")
+    normalize: bool = setting(False, "normalise images by the training set's channel statistics", title="data")
+    arch: str = setting("resnet34", f"the victim's architecture: {USUAL}", read=arch_name, flags=("-a", "--arch"))
+    out_dim: int = setting(
+        128,
+        "width of the projections",
+        at_least=1,
+        flags=("--out_dim",),
+        acts=lambda command: (
+            "with the loss supervised: the head has an output for each class"
+            if command.losstype == "supervised"
+            else None
+        ),
+    )
+    watermark: bool = setting(False, "train a rotation watermark with the victim, which verify.py looks for")
+    n_views: int = setting(2, "random views per image", at_least=1, otherwise="2, for supervised 1")
+    title = "victim"
+
+
+def make_parser() -> Parser:
+    return Parser(
+        __doc__,
+        [Data, Train, LossChoice, Recipe, *TRAIN_LOSSES.values(), Machine, Threads, Protocol, Processes],
+        kind="victim",
+        core=("dataset", "arch", "losstype", "epochs", "seed"),
+        defaults={"epochs": 200},
+        choices={"losstype": TRAIN_LOSSES},
+    )
+
+
+def parse(line: Sequence[str] | None = None) -> Command:
+    command = make_parser().parse(line)
+    command.use_all(Data, Machine, Threads, Protocol, Processes)
+    loss = command.use(TRAIN_LOSSES[command.use(LossChoice).losstype])
+    command.use(Train, {"n_views": loss.min_views})
+    command.use(Recipe, loss.presets, seed=command.seed, recipe=command.recipe)
+    command.refuse_idle()
+    return command
 
 
 @script
 def main() -> None:
-    parser, args = parse()
-    precision = options.set_up(args)
-    core = ("dataset", "arch", "losstype", "epochs", "seed")
-    run = Run(args.checkpoint_dir / runs.run_name("victim", parser, args, core), args.logdir)
-    loss = TRAIN_LOSSES[args.losstype]
-    split = "train" if loss.needs_labels else unlabelled_split(args.dataset)
-    images, labels = load_dataset(args.dataset, args.data, split)
-    if args.num_train:
-        chosen = take_balanced(labels, args.num_train, args.seed)
+    command = parse()
+    machine, precision = set_up(command)
+    train, loss = command[Train], command[Loss]
+    run = runs.open_run(command, machine.checkpoint_dir, precision)
+    split = "train" if loss.needs_labels else unlabelled_split(train.dataset)
+    images, labels = load_dataset(train.dataset, command.data, split)
+    if train.num_train:
+        chosen = take_balanced(labels, train.num_train, machine.seed)
         images, labels = images[chosen], labels[chosen]
-    head = ("linear", int(labels.max()) + 1) if args.losstype == "supervised" else ("mlp", args.out_dim)
-    with seeded(args.seed):
-        normalize = channel_statistics(images) if args.normalize else None
-        model = build_encoder(args.arch, max(1, head[1]), normalize, head[0])
-        watermark = WatermarkMLP(model.dim) if args.watermark else None
-    config = runs.configuration("victim", args, precision)
-    extra = {"kind": "victim", "settings": config["settings"], "images": len(images)}
-    print(f"victim: {args.arch} on {len(images)} images of {args.dataset} ({split}), {precision}")
-    print(options.in_force(args))
-    job = (config, extra, args.resume, args.clear, watermark)
-    SimCLR(model, loss, options.training(args), run, precision, *job).train(images, labels)
+    head = ("linear", int(labels.max()) + 1) if command.losstype == "supervised" else ("mlp", train.out_dim)
+    with seeded(machine.seed):
+        normalize = channel_statistics(images) if train.normalize else None
+        model = build_encoder(train.arch, max(1, head[1]), normalize, head[0])
+        watermark = WatermarkMLP(model.dim) if train.watermark else None
+    run.record.images = len(images)
+    print(f"victim: {train.arch} on {len(images)} images of {train.dataset} ({split}), {precision}")
+    print(command.line())
+    SimCLR(model, loss, command[Recipe], run, watermark).train(Stored(images), labels, train.n_views)
     if watermark:
-        test, _ = load_dataset(args.dataset, args.data, "test")
-        print(watermark_line(model, watermark.eval(), test, precision, args.seed))
-    print(f"victim: {run.checkpoint}")
+        test, _ = load_dataset(train.dataset, command.data, "test")
+        print(watermark_line(model, watermark.eval(), test, precision, machine.seed))
+    print(f"victim: {runs.relative(run.checkpoint)}")
+    others = "textures" if train.dataset == "shapes" else "svhn"
+    copy = ("--archstolen", train.arch, "--datasetsteal", others, "--losstype", "mse")
+    runs.say_next(command, "steal.py", "--victim", run.folder, *copy)
 
 
 if __name__ == "__main__":

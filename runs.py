@@ -1,47 +1,109 @@
-"""The names and places of runs, how scripts find what earlier ones made, and how they show it."""
+"""What earlier scripts made: finding it by name, by path or by the flags that were given, and listing it.
 
-import argparse
+python runs.py                  the victims, the copies below them and their results, newest last
+"""
+
+import contextlib
 import hashlib
 import json
-import re
-from collections.abc import Collection, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from attacks import QuerySet, choose_queries
-from models import SimCLREncoder, read_checkpoint
+from data_aug.datasets import DATASET_NAMES, check_name
+from jobs.ending import script
+from loss import TRAIN_LOSSES
+from models import USUAL, SimCLREncoder, arch_name, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
-from options import Parser, in_force
-from utils import Precision, Run, UserError, first_process, provenance
-from victim import Ledger, version_of
+from settings import Command, Parser, Settings, setting
+from training.run import CHECKPOINT, Record, Run, as_row, open_run, plain, relative
+from utils import Precision, UserError
+from victim import version_of
 
-# Where a run happens, not what it computes: never part of its name.
-_ELSEWHERE = {"data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
-_ELSEWHERE |= {"fp16_precision", "log_every_n_steps", "victim", "stolen", "independent"}
-_ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed", "print_freq"}
-_BOOKKEEPING = {"given", "presets"}
-_SPELT = {"num_queries": "{}q", "epochs": "{}ep", "seed": "seed{}"}
+__all__ = [
+    "Record",
+    "Run",
+    "VictimChoice",
+    "as_row",
+    "find",
+    "locate",
+    "open_copy",
+    "open_run",
+    "open_victim",
+    "relative",
+]
+
+# Settings of a victim's run by which a copy's own flags name it.
+VICTIM_SETTINGS = {"dataset": "dataset", "arch": "arch", "epochstrain": "epochs", "lossvictim": "losstype"}
 
 
-def run_name(
-    kind: str, parser: Parser, args: argparse.Namespace, core: Sequence[str], implied: Collection[str] = ()
-) -> str:
-    """A folder name that no run with other settings has.
+@dataclass(frozen=True)
+class VictimChoice(Settings):
+    """Which victim: its checkpoint, its run, or what it was trained with."""
 
-    The settings `core` are in every name, `implied` are those that the folder above stands for; any other setting
-    appears when it is not at its default or its preset.
-    """
-    parts = [kind, *(_SPELT.get(name, "{}").format(getattr(args, name)) for name in core)]
-    defaults = {action.dest: action.default for action in parser._actions} | getattr(args, "presets", {})
-    for name, value in sorted(vars(args).items()):
-        if name not in {*core, *implied, *_ELSEWHERE, *_BOOKKEEPING} and value != defaults[name]:
-            parts.append(f"{name.replace('_', '')}={value}")
-    return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)
+    dataset: str = setting(
+        "cifar10",
+        f"data set that the victim was trained on: {DATASET_NAMES}",
+        read=check_name,
+        flags=("-dataset", "--dataset"),
+        otherwise="the victim's, else cifar10",
+        title="data",
+    )
+    victim: Path | None = setting(
+        None,
+        "the victim's checkpoint, run folder or run name, or its number in the list of those that fit "
+        "(default: the one that fits the flags given)",
+        named=False,
+    )
+    arch: str = setting(
+        "resnet34",
+        f"the victim's architecture: {USUAL}",
+        read=arch_name,
+        flags=("-a", "--arch"),
+        otherwise="the victim's",
+    )
+    epochstrain: int = setting(200, "epochs the victim was trained for", at_least=1, otherwise="the victim's")
+    lossvictim: str = setting(
+        "infonce", "loss the victim was trained with", choices=TRAIN_LOSSES, otherwise="the victim's"
+    )
+    title = "victim"
+
+
+@dataclass(frozen=True)
+class CopyChoice(Settings):
+    """Which copy; linear_eval.py finds it by any settings of the attack, the loss, the defence and `Copy` too."""
+
+    stolen: Path | None = setting(
+        None,
+        "the copy's checkpoint, run folder or run name, or its number in the list of those that fit "
+        "(default: the one that fits the flags given)",
+        named=False,
+    )
+    title = "encoder"
+
+
+@dataclass(frozen=True)
+class Copy(Settings):
+    """What a copy is, and what its victim sells."""
+
+    archstolen: str = setting(
+        "resnet34", f"the copy's architecture: {USUAL}", read=arch_name, otherwise="the attack's, else resnet34"
+    )
+    victimhead: bool = setting(False, "the victim sells projections instead of representations")
+    stolenhead: bool = setting(False, "the copy matches the answers through a head of its own")
+    watermark: bool = setting(False, "steal a watermarked victim, and test the copy for the mark")
+    title = "copy"
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
 
 
 def home_of(checkpoint: Path, root: Path) -> Path:
-    """The folder below which runs about an encoder go: its own run's, or one under `root` for a file from elsewhere."""
+    """Parent folder for runs derived from this encoder: its run folder, or `root/<name>-<hash>` for other files."""
     if (checkpoint.parent / "config.yml").exists():
         return checkpoint.parent
     digest = hashlib.sha256()
@@ -51,73 +113,100 @@ def home_of(checkpoint: Path, root: Path) -> Path:
 
 
 def locate(path: Path, root: Path) -> Path:
-    """The checkpoint, or another library's folder, that is named: by its path, or by its run's folder below `root`.
+    """The checkpoint, or another library's folder, of a path or of a run's name below `root`.
 
     UserError when several runs have that name; a path that is nowhere comes back as it is.
     """
-    if path.is_file() or (path.is_dir() and not (path / "checkpoint.pth.tar").exists()):
+    if path.is_file() or (path.is_dir() and not (path / CHECKPOINT).exists()):
         return path
     places = [path] if path.is_dir() else [root / path, *root.rglob(path.name)]
-    files = {place / "checkpoint.pth.tar" for place in places if place.parts[-len(path.parts) :] == path.parts}
+    files = {place / CHECKPOINT for place in places if place.parts[-len(path.parts) :] == path.parts}
     found = sorted(file for file in files if file.exists())
     if len(found) > 1:
         raise UserError(f"several runs are named {path}: {', '.join(map(str, found))}: give the path of one")
     return found[0] if found else path
 
 
-def configuration(kind: str, args: argparse.Namespace, precision: Precision) -> dict:
-    """What config.yml says: every value in force, commit, versions and device."""
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in _BOOKKEEPING
-    }
-    return {"kind": kind, "settings": settings, "provenance": provenance(precision)}
-
-
-def find_run(
-    root: Path,
-    kind: str,
-    wanted: Mapping[str, object],
-    preferred: Mapping[str, object],
-    besides: Path | None = None,
-    flag: str | None = None,
-) -> Path:
-    """The checkpoint of the one run below `root` of that kind with the settings wanted, other than `besides`.
-
-    Where several match, those with the settings preferred are taken, one setting after the other. UserError when none
-    matches, naming the runs that are there, or when several are left, naming these; `flag` takes a path instead.
-    """
-    flag = flag or f"--{kind}"
-    runs = {}
-    for config in sorted(root.rglob("config.yml")):
-        content, checkpoint = _read_config(config), config.parent / "checkpoint.pth.tar"
-        if content.get("kind") == kind and checkpoint.exists() and checkpoint != besides:
-            runs[checkpoint] = content["settings"]
-    matching = {
-        path: settings
-        for path, settings in runs.items()
-        if all(settings.get(name) == value for name, value in wanted.items())
-    }
-    for name, value in preferred.items():
-        narrower = {path: settings for path, settings in matching.items() if settings.get(name) == value}
-        matching = narrower or matching
-    asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
-    if not matching:
-        there = ", ".join(map(str, runs)) or "none"
-        raise UserError(f"no {kind} encoder with {asked} in {root}; there: {there}; or give {flag} PATH")
-    if len(matching) > 1:
-        raise UserError(f"several {kind} encoders with {asked}: {', '.join(map(str, matching))}; give {flag} PATH")
-    return next(iter(matching))
+def runs_below(root: Path, kind: str | None = None) -> dict[Path, dict]:
+    """The checkpoints of finished or unfinished runs of a kind (None: all), with their settings; oldest first."""
+    found = {}
+    for config in sorted(root.rglob("config.yml"), key=lambda path: (path.stat().st_mtime, path)):
+        content, checkpoint = _read_config(config), config.parent / CHECKPOINT
+        if content.get("kind") in ({kind} if kind else {"victim", "stolen", "stolen-simsiam"}) and checkpoint.exists():
+            found[checkpoint] = content.get("settings") or {}
+    return found
 
 
 def _read_config(path: Path) -> dict:
     """A run's config.yml; empty for a file of that name that is something else."""
-    try:
+    content = None
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        content = None
     return content if isinstance(content, dict) else {}
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find(
+    command: Command,
+    flag: str,
+    kind: str,
+    wanted: Mapping[str, Any],
+    root: Path | None = None,
+    besides: Path | None = None,
+    preferred: Mapping[str, Any] | None = None,
+) -> Path:
+    """The checkpoint that --`flag` names, or the run of that kind below `root` that has the settings wanted.
+
+    `flag` may be a path, a run's name, or a number in the list of the runs that fit. Settings that are only `preferred`
+    decide between several that fit. `besides` is left out. The run that was found is named; UserError when none fits,
+    or when several do: they are listed, numbered, with what differs.
+    """
+    root = root or command.checkpoint_dir
+    given = getattr(command, flag)
+    number = int(str(given)) if given is not None and str(given).isdigit() and not Path(given).exists() else None
+    if given is not None and number is None:
+        return locate(Path(given), root)
+    there = {path: settings for path, settings in runs_below(root, kind).items() if path != besides}
+    fitting = {path: settings for path, settings in there.items() if _fits(settings, wanted)}
+    for name, value in (preferred or {}).items():
+        fitting = {path: known for path, known in fitting.items() if _fits(known, {name: value})} or fitting
+    asked = "".join(f" {name} {plain(value)}" for name, value in wanted.items())
+    spelled = command.parser.settings[flag].flag
+    if not fitting:
+        listed = "; ".join(str(relative(path.parent)) for path in list(there)[-5:]) or "none"
+        raise UserError(
+            f"no {kind} encoder{' with' * bool(asked)}{asked} in {root}; there: {listed}; or give {spelled} PATH"
+        )
+    if number is not None and not 1 <= number <= len(fitting):
+        raise UserError(f"{spelled} {number}: {len(fitting)} {kind} encoders fit{asked}")
+    if number is None and len(fitting) > 1:
+        raise UserError(
+            f"{len(fitting)} {kind} encoders fit{asked}, choose by {spelled} NUMBER: {_differences(list(fitting))}"
+        )
+    path = list(fitting)[(number or 1) - 1]
+    print(f"{kind} found: {relative(path.parent)}")
+    return path
+
+
+def _fits(settings: Mapping, wanted: Mapping) -> bool:
+    """Whether a run has these settings; a switch that was not in force counts as off."""
+
+    def known(value: Any) -> Any:
+        return None if value is False else plain(value)
+
+    return all(known(settings.get(name)) == known(value) for name, value in wanted.items())
+
+
+def _differences(paths: Sequence[Path]) -> str:
+    """The runs in a numbered list, each by the parts of its name that not all have, or by its folder."""
+    parts = [path.parent.name.split("-") for path in paths]
+    common = set.intersection(*map(set, parts))
+    short = [" ".join(part for part in words if part not in common) for words in parts]
+    if len(set(short)) < len(short):
+        short = [str(relative(path.parent)) for path in paths]
+    return "; ".join(f"{number}) {words}" for number, words in enumerate(short, 1))
 
 
 def check_finished(checkpoint: Mapping, path: Path) -> None:
@@ -129,38 +218,16 @@ def check_finished(checkpoint: Mapping, path: Path) -> None:
         )
 
 
-def check_named(
-    checkpoint: Mapping, path: Path, args: argparse.Namespace, named: Mapping[str, str], always: Collection[str] = ()
-) -> None:
-    """UserError when the checkpoint has another setting than a flag of the command line, or one of `always`, names.
+def check_named(checkpoint: Mapping, path: Path, command: Command, named: Mapping[str, str]) -> None:
+    """UserError when the checkpoint has another setting than a given flag names.
 
     `named` maps flags to settings; a file of the 2022 code has none and passes.
     """
     for flag, name in named.items():
-        held, value = checkpoint.get("settings", {}).get(name), getattr(args, flag)
-        if held not in (None, value) and (flag in args.given or flag in always):
-            raise UserError(f"{path} was trained with {name} {held}, not {value}: give --{flag} {held}")
-
-
-def open_victim(args: argparse.Namespace) -> tuple[Path, SimCLREncoder]:
-    """The victim that the flags name: its file and the encoder. UserError when flags and file differ."""
-    wanted = {"dataset": args.dataset, "arch": args.arch, "epochs": args.epochstrain, "losstype": args.lossvictim}
-    watermark = getattr(args, "watermark", False)
-    if watermark:
-        wanted["watermark"] = True
-    preferred = {"seed": args.seed, "recipe": getattr(args, "recipe", "standard"), "watermark": watermark}
-    if args.victim:
-        path = locate(args.victim, args.checkpoint_dir)
-    else:
-        path = find_run(args.checkpoint_dir, "victim", wanted, preferred)
-    checkpoint = read_checkpoint(path)
-    check_finished(checkpoint, path)
-    # The data set decides which images may be queried, so it has to be right even where no flag names it.
-    flags = {"dataset": "dataset", "epochstrain": "epochs", "lossvictim": "losstype"}
-    check_named(checkpoint, path, args, flags, always=("dataset",))
-    encoder = encoder_of(checkpoint, path, args.arch if "arch" in args.given or not args.victim else None)
-    args.arch = encoder.arch
-    return path, encoder
+        known, value = checkpoint.get("settings", {}).get(name), command.given.get(flag)
+        if flag in command.given and known is not None and known != plain(value):
+            spelled = command.parser.settings[flag].flag
+            raise UserError(f"{path} was trained with {name} {known}, not {value}: give {spelled} {known}")
 
 
 def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimCLREncoder:
@@ -171,59 +238,77 @@ def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimC
     return encoder
 
 
-def queries_of(args: argparse.Namespace, count: int) -> QuerySet:
-    """So many images of those that the flags name; all of them for an attacker who chooses among them."""
-    choice = getattr(args, "max_coverage", None) is not None
-    order = args.query_order, args.seed, args.force
-    return choose_queries(args.datasetsteal, args.dataset, args.data, count, *order, choice)
+def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREncoder]:
+    """The victim that the flags given name: its path, its checkpoint and the encoder.
 
-
-def open_copy(
-    parser: Parser,
-    args: argparse.Namespace,
-    core: Sequence[str],
-    victim: tuple[Path, SimCLREncoder],
-    queries: QuerySet,
-    precision: Precision,
-    kind: str = "stolen",
-) -> tuple[Run, dict, dict]:
-    """The run of an attack on that victim, what its config.yml says and its checkpoints hold; prints what is done."""
-    implied = ("dataset", "arch", "epochstrain", "lossvictim")
-    name = run_name(kind, parser, args, [*core, "num_queries", "epochs", "seed"], implied)
-    config = configuration(kind, args, precision)
-    path, encoder = victim
-    config["settings"]["victim"] = str(path)
-    print(f"victim: {path}")
-    print(f"copy: {args.archstolen}, {len(queries.images)} images of {queries.dataset} ({queries.split}), {precision}")
-    print(in_force(args))
-    extra = {"kind": kind, "settings": config["settings"], **queries.record(), "stolen_from": version_of(encoder)}
-    return Run(home_of(path, args.checkpoint_dir) / name, args.logdir), config, extra
-
-
-def ledger_figures(checkpoint: Mapping) -> dict[str, int]:
-    """What a row says of a copy's queries."""
-    ledger = Ledger()
-    ledger.load_state_dict(checkpoint.get("ledger", {}))
-    return {"queries": ledger.queries, "distinct": ledger.distinct}
-
-
-def add_row(run: Run, root: Path, row: Mapping, step: int) -> None:
-    """Show a row, and append it to the run's metrics and to the results.jsonl below `root`."""
-    run.record(step, {"row": row})
-    run.say(as_row(row))
-    if first_process():
-        # One append of one line: evaluations that run side by side don't mix theirs.
-        with (root / "results.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    run.say(f"row: {run.metrics} and {root / 'results.jsonl'}")
-
-
-def as_row(row: Mapping) -> str:
-    """One readable line of an evaluation's row."""
-    names = (
-        *("model", "attack", "arch", "losstype", "defence", "downstream"),
-        *("probe", "top1", "top5", "top1_converged", "knn"),
-        *("l2", "cosine", "cka", "overlap", "agreement", "test_images", "queries"),
+    Settles the data set, architecture, epochs and loss by the file. `wanted` are further settings of its run.
+    UserError when flags and file differ.
+    """
+    flags = {name: setting for name, setting in VICTIM_SETTINGS.items() if name in command.given}
+    wanted = {**{setting: command.given[name] for name, setting in flags.items()}, **wanted}
+    preferred = {"seed": command.given["seed"]} if "seed" in command.given else {}
+    path = find(command, "victim", "victim", wanted, preferred=preferred)
+    checkpoint = read_checkpoint(path)
+    check_finished(checkpoint, path)
+    check_named(
+        checkpoint, path, command, {name: setting for name, setting in VICTIM_SETTINGS.items() if name != "arch"}
     )
-    values = {name: row[name] for name in names if row.get(name) is not None}
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+    encoder = encoder_of(checkpoint, path, command.given.get("arch"))
+    known = checkpoint.get("settings", {})
+    settled = {name: known[setting] for name, setting in VICTIM_SETTINGS.items() if setting in known}
+    command.set(**{**settled, "arch": encoder.arch})
+    return path, checkpoint, encoder
+
+
+def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Record, precision: Precision) -> Run:
+    """The run of an attack, below its victim's; prints what is done."""
+    run = open_run(command, home_of(victim, command.checkpoint_dir), precision, victim=str(victim))
+    record.stolen_from = version_of(encoder)
+    run.record = record
+    queried, split = record.query_set, record.query_set["split"]
+    print(f"victim: {relative(victim)}")
+    print(f"copy: {command.archstolen}, {queried['images']} images of {queried['dataset']} ({split}), {precision}")
+    print(command.line())
+    return run
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def say_next(command: Command, script_name: str, *words: str | Path) -> None:
+    """Print the command that comes next, ready to paste, with the data root and the root of runs of this one."""
+    common = {"data": "-data", "checkpoint_dir": "--checkpoint-dir"}
+    more = [str(word) for name, flag in common.items() if name in command.given for word in (flag, command.given[name])]
+    shown = [str(relative(word)) if isinstance(word, Path) else word for word in words]
+    print(f"next: python {script_name} {shlex.join([*shown, *more])}")
+
+
+@dataclass(frozen=True)
+class Listing(Settings):
+    checkpoint_dir: Path = setting(Path("checkpoints"), "root of all runs")
+
+
+@script
+def main() -> None:
+    root = Parser(__doc__, [Listing]).parse().use(Listing).checkpoint_dir
+    results = root / "results.jsonl"
+    rows = []
+    for line in results.read_text().splitlines() if results.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    found = runs_below(root)
+    if not found:
+        raise UserError(f"no runs in {root}: python run.py trains a victim, or give --checkpoint-dir DIR")
+    parents = [path for path in found if not any(above.parent in path.parent.parents for above in found)]
+    for path in parents:
+        for run in (path, *(copy for copy in found if path.parent in copy.parent.parents)):
+            print(f"{'' if run is path else '    '}{relative(run.parent) if run is path else run.parent.name}")
+            # By the end of its path: the folder of all runs may have been moved.
+            place = run.relative_to(root).parts
+            for row in rows:
+                if Path(row.get("checkpoint") or "").parts[-len(place) :] == place:
+                    print(f"        {as_row(row)}")
+
+
+if __name__ == "__main__":
+    main()

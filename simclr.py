@@ -1,256 +1,266 @@
-"""The trainer: an encoder trained from its own views, a head, or a copy trained from a victim's answers."""
+"""The trainer: an encoder trained from views of images, a head, a probe, or a copy trained from a victim's answers.
+
+trainer = SimCLR(build_encoder("resnet18", 128), TRAIN_LOSSES["infonce"], Recipe(epochs=200), Run(folder, precision))
+trainer.train(Stored(images))
+"""
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaptive import Bought, buy
-from attacks import Answered, Plan, Streamed, StreamedAnswers
-from data_aug.augment import crop_and_flip, random_views
-from defenses.watermark import half_turns
-from distributed import Part, barrier
-from evaluation import represent, represent_batch
-from loop import BatchLoss, Draws, Loop
-from monitor import spread_of
-from training import check_plan
+from attacks import Attack
+from attacks.answers import Answers
+from attacks.buy import buy
+from attacks.client import CPU, Client
+from data_aug.augment import apply_crops, apply_views, draw_crops, draw_views, rows_of
+from data_aug.images import Batch, Images, Stored
+from defenses.watermark import draw_turns, half_turns
+from jobs.exchange import barrier, share
+from training.loop import BatchLoss, Loader, Loop
+from training.monitor import spread_of
+from training.objective import Loss
+from training.recipe import Recipe
+from training.represent import represent, represent_batch
+from training.run import Run
 from utils import UserError, generator
-from victim import Purchases, Victim, as_tensor, digest_tensor
+from victim import AnyVictim, digest_tensor, pack_digests
+
+SPREAD_ROWS = 8192  # of the answers, to see how far the features should spread
 
 
 class SimCLR(Loop):
-    """Trains `model`, in place, by `train`, `train_head`, `steal` or `read_out`; `loop.Loop` says by what."""
+    """Trains `model` in place. Each public method is a kind of training; see `Loop` for the constructor's arguments."""
 
-    def __init__(self, model: torch.nn.Module, *args, **options):
-        super().__init__(model, *args, **options)
-        # Features that cost an attacker nothing, and are the same when a run is resumed.
-        self.untrained = copy.deepcopy(model) if self.training.max_coverage is not None else None
-        self.sources: dict[str, Tensor] = {}  # for each account, the image that each of its queries was of
+    def __init__(self, model: nn.Module, loss: Loss, recipe: Recipe, run: Run, companion: nn.Module | None = None):
+        # An attacker's features that cost no query are the untrained model's, also when a trained one is loaded.
+        self._untrained = copy.deepcopy(model) if run.resume else model
+        super().__init__(model, loss, recipe, run, companion)
+        self._sources: dict[str, Tensor] = {}  # for each account, the image index of each of its queries
 
-    # ---- its jobs ----
-
-    def train(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Train an encoder with a head on random views of uint8 images (N, 3, H, W), by a loss of `loss.TRAIN_LOSSES`.
+    def train(self, images: Images, labels: Tensor | None = None, views: int = 2) -> None:
+        """Train an encoder with a head on random views of images, by a loss of `loss.TRAIN_LOSSES`.
 
         Some losses need the images' labels (N,). With a watermark as companion each step's loss also has the
-        cross-entropy of its reading which half turn each image of the batch was given.
+        cross-entropy of its reading of which half turn each image of the batch was given.
         """
-        views = self.training.n_views
         if views < self.loss.min_views:
             raise UserError(
                 f"this loss compares views: --n-views {views} is too few, give {self.loss.min_views} or more"
             )
-        value = self._loss_of(views, labels)
-        self._check_batch(len(images))
+        value, count = self._loss_of(views, labels), len(images)
+        self._check_batch(count)
         if not self.start():
             return
-        images = images.to(self.precision.device)
-        simple = self.loss.augment == "crop and flip"
+        images = images.to(self.device)
+        height, width = images.size
 
-        def batch_loss(index: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-            part = Part.of(len(index), views, index.device)
-            chosen, views_of = images[index.repeat(views)[part.own]], draws["views"]
-            if simple:
-                shown = crop_and_flip(chosen, views_of, part=part)
+        def prepare(epoch: int) -> tuple[Loader, BatchLoss]:
+            draws = generator(self.recipe.seed, "views", epoch)
+            if self.loss.augment == "crop and flip":
+                table, make = draw_crops(views * count, draws).to(self.device), apply_crops
             else:
-                shown = random_views(chosen, chosen.shape[-1], views_of, part)
-            features = self.features(self.model.project, shown, views)
-            loss = value(index, features)
-            if self.companion:
-                loss = loss + self._mark(images[index], draws["turns"])
-            return loss, features
+                table, make = draw_views(views * count, height, width, width, draws).to(self.device), apply_views
+            turns = draw_turns(count, generator(self.recipe.seed, "turns", epoch)).to(self.device)
 
-        self.fit(len(images), lambda epoch: batch_loss)
+            def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+                shown = make(batch.images.repeat(views, 1, 1, 1), table[rows_of(batch.local, views, count)])
+                features = self.features(self.model.project, shown, views)
+                loss = value(batch.index, features)
+                if self.companion:
+                    loss = loss + self._watermark_loss(batch, turns[rows_of(batch.local, 2, count)])
+                return loss, features
 
-    def _mark(self, images: Tensor, draws: torch.Generator) -> Tensor:
-        """The watermark's loss () on a batch of images (B, 3, H, W)."""
-        turned, half = half_turns(images, draws, Part.of(len(images), 2, images.device))
+            return self._loader(images, epoch), batch_loss
+
+        self.fit(count, prepare)
+
+    def _watermark_loss(self, batch: Batch, degrees: Tensor) -> Tensor:
+        """The watermark's loss () on a batch, whose images here are turned by these angles (2 * b,)."""
+        turned, _ = half_turns(batch.images, degrees)
+        half = torch.arange(2, device=self.device).repeat_interleave(len(batch.index))
         return F.cross_entropy(self.features(lambda x: self.companion(self.model(x)), turned, 2), half)
 
-    def train_head(self, representations: Tensor, projections: Tensor | None = None) -> None:
-        """Train a head on representations (V * N, D), view-major, by a loss of `loss.HEAD_LOSSES`.
+    def train_head(self, representations: Tensor, projections: Tensor | None = None, views: int = 2) -> None:
+        """Train a head on representations (views * N, D), view-major, by a loss of `loss.HEAD_LOSSES`.
 
-        Where the victim's own projections (V * N, out) are given, they are what the loss compares the outputs with.
+        Where the victim's own projections (views * N, out) are given, the loss compares the head's outputs with these.
         """
-        views, device = self.training.n_views, self.precision.device
         count = len(representations) // views
         value = self._loss_of(views)
         self._check_batch(count)
         if not self.start():
             return
-        representations = representations.to(device)
-        targets = [] if projections is None else [projections.to(device)]
+        representations = representations.to(self.device)
+        targets = [] if projections is None else [projections.to(self.device)]
         if targets:
-            self.matched = spread_of(targets[0]).item()
+            self.target_spread = spread_of(targets[0]).item()
 
-        def batch_loss(index: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-            rows = torch.cat([index + view * count for view in range(views)])
-            own = rows[Part.of(len(index), views, device).own]
-            features = self.features(self.model, representations[own], views)
-            return value(index, features, *(target[rows] for target in targets)), features
+        def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+            rows = representations[rows_of(batch.local, views, count)]
+            features = self.features(self.model, rows, views)
+            whole = rows_of(batch.index, views, count)
+            return value(batch.index, features, *(target[whole] for target in targets)), features
 
-        self.fit(count, lambda epoch: batch_loss)
+        self.fit(count, lambda epoch: (_without_images, batch_loss))
 
-    def steal(
-        self,
-        images: Tensor | Streamed,
-        victim: Victim,
-        labels: Tensor | None = None,
-        refine: Callable[[Tensor], Tensor] | None = None,
-        budget: int | None = None,
+    def train_probe(
+        self, inputs: Tensor | Images, labels: Tensor, encoder: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """Train on a victim's answers to uint8 images (N, 3, H, W), by a loss of `loss.STEAL_LOSSES` or `LABEL_LOSSES`.
+        """Train a classifier by cross-entropy on inputs with labels (N,): representations (N, D) of a frozen encoder.
 
-        How it asks is said in `attacks` and `adaptive`. Every query is made once and its answer reused in all epochs;
-        the released recipe asks anew in every epoch. `labels` (N,) are for an attacker who has them and a loss that
-        needs them. `refine` turns the answers (V * N, D) into the targets (V * N, model.output_dim). An attacker who
-        avoids buckets asks about `budget` of the images. Images that are streamed are asked about once each, and their
-        answers stay in a file.
+        Of images the `encoder`, in eval mode, makes the representations anew in every epoch, from that epoch's views.
         """
-        budget = budget or len(images)
-        plan = self.training.plan(self.loss, budget)
-        check_plan(plan, self.loss)
-        self._check_labels(labels)
-        self._check_batch(budget)
-        self._check_victim(victim, refine is not None)
-        if not self.start():
-            return
-        released = self.training.recipe == "released"
-        if released:  # answers of earlier epochs are not asked again, nor kept: what is known of them is their record
-            victim.ledger.load_state_dict(self.resumed.get("ledger", {}))
-        self.extra["victim_version"] = victim.version
-        keep = self.run.folder / f"answers-{victim.version}"
-        if isinstance(images, Streamed):
-            once = self._ask_streamed(victim, images, plan, keep)
-        else:
-            images = images.to(self.precision.device)
-            ask = functools.partial(self._ask, victim, images, plan, refine)
-            once = None if released else ask(keep)
-        index = once.index if once else torch.arange(len(images))
-        self._check_batch(len(index))
-        value = self._loss_of(plan.views, labels[index] if labels is not None else None)
-
-        def losses_of(epoch: int) -> BatchLoss:
-            held = once or ask(epoch=epoch)
-
-            def batch_loss(item: Tensor | tuple[Tensor, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
-                index, shown, targets = held.batch(item, draws["views"])
-                if self.companion:
-                    own = targets[Part.of(len(index), plan.views, targets.device).own]
-                    with torch.no_grad():
-                        targets = self.features(self.companion.project, own, plan.views)
-                    features = self.features(lambda x: self.companion.predict(self.model.output(x)), shown, plan.views)
-                else:
-                    features = self.features(self.model.output, shown, plan.views)
-                return value(index, features, targets), features
-
-            return batch_loss
-
-        self.fit(len(index), losses_of, *([once.load] if once else []))
-        self._forget_answers()
-
-    def read_out(
-        self,
-        images: Tensor | Streamed,
-        labels: Tensor,
-        encoder: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Train a classifier by cross-entropy on rows (N, D) with labels (N,): representations of a frozen encoder.
-
-        Of images that are streamed the `encoder` in eval mode makes them anew in every epoch, from the views of it.
-        """
-        device = self.precision.device
         self._check_batch(len(labels))
         if not self.start():
             return
-        labels = labels.to(device)
-        self.matched = 0.0  # scores of few classes may be alike without having collapsed
-        held = images if isinstance(images, Streamed) else images.to(device)
+        labels = labels.to(self.device)
+        self.target_spread = 0.0  # scores of few classes may be alike without having collapsed
+        rows = inputs.to(self.device) if isinstance(inputs, Tensor) else None
 
-        def batch_loss(item: Tensor | tuple[Tensor, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
-            if isinstance(item, Tensor):
-                index, own = item, held[item[Part.of(len(item), 1, device).own]].float()
+        def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+            if rows is not None:
+                local = rows[batch.local].float()
             else:
-                index, own = item[0], represent_batch(encoder, item[1], self.precision)
-            logits = self.features(self.model, own)
-            return F.cross_entropy(logits, labels[index]), logits
+                local = represent_batch(encoder, batch.images, self.precision)
+            logits = self.features(self.model, local)
+            return F.cross_entropy(logits, labels[batch.index]), logits
 
-        def load(batches: list[Tensor], epoch: int) -> Iterable:
-            return images.shares(batches, device, epoch) if isinstance(images, Streamed) else batches
+        def prepare(epoch: int) -> tuple[Loader, BatchLoss]:
+            return _without_images if rows is not None else self._loader(inputs, epoch), batch_loss
 
-        self.fit(len(labels), lambda epoch: batch_loss, load)
+        self.fit(len(labels), prepare)
 
-    def _ask(
+    def steal(
         self,
-        victim: Victim,
-        images: Tensor,
-        plan: Plan,
-        refine: Callable[[Tensor], Tensor] | None,
-        keep: Path | None = None,
-        epoch: int = 0,
-    ) -> Answered:
-        """Buy what the plan says, enter it in what every checkpoint holds, and say what it cost and met."""
-        draws = generator(self.training.seed, "query views", epoch)
-        bought = buy(Purchases(victim, keep), images.cpu(), plan, draws, lambda: self._features(images))
-        self._enter(victim, images, bought)
-        answers = bought.answers.to(self.precision.device)
-        answers = refine(answers) if refine else answers
-        if not self.companion:
-            self.matched = spread_of(answers).item()
-        index = bought.index.to(images.device)
-        return Answered(images[index], bought.sent.to(images.device), answers, plan, bought.index)
+        images: Images,
+        victim: AnyVictim,
+        attack: Attack = Attack(),  # noqa: B008 -- frozen
+        labels: Tensor | None = None,
+        refine: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Train on a victim's answers to N images, by a loss of `loss.STEAL_LOSSES` or `LABEL_LOSSES`.
 
-    def _ask_streamed(self, victim: Victim, queries: Streamed, plan: Plan, keep: Path) -> StreamedAnswers:
-        """Buy the answers to images that don't fit in memory; they stay in the file that keeps them, as float16."""
-        purchases = Purchases(victim, keep, dtype=np.float16)
-        spreads = []
-        # On the CPU, where the ledger takes their digests; the victim sends them on to its device.
-        parts = functools.partial(queries.parts, device=torch.device("cpu"))
-        for answers in purchases.ask_each(len(queries), parts):
-            spreads.append(spread_of(answers).item())
-        if not self.companion:
-            self.matched = max(spreads)
-        number = torch.arange(len(queries))
-        self._record(victim, {"default": number}, as_tensor(sorted(victim.ledger.accounts["default"].images)))
-        barrier()  # the first process has written all of the file
-        return StreamedAnswers(queries, purchases.answers(len(queries)), plan, number, self.precision.device)
+        Every query is made once and its answer reused in all epochs; the released recipe asks anew in every epoch.
+        labels (N,): for an attacker who has them, and a loss that needs them. refine: turns the answers (V * N, D) into
+        the targets (V * N, model.output_dim). Answers to images that are streamed stay in a file, in float16.
+        """
+        released = self.recipe.recipe == "released"
+        count = self._check_attack(images, victim, attack, labels, refine is not None)
+        if not self.start():
+            return
+        if released:  # answers of earlier epochs are not asked again, nor kept: what is known of them is their record
+            victim.ledger.load_state_dict(self.run.record.ledger if self.resumed else {})
+        self.run.record.victim_version = victim.version
+        keep = None if released else self.run.folder / f"answers-{victim.version}"
 
-    def _features(self, images: Tensor) -> Tensor:
-        """What the copy made of the images before it was trained (N, D), on the CPU: features that cost no query."""
-        return represent(self.untrained, images, self.precision).cpu()
+        def ask(epoch: int = 0) -> Answers:
+            return self._buy(victim, images, attack, count, epoch, keep).to(self.device, refine)
 
-    def _enter(self, victim: Victim, images: Tensor, bought: Bought) -> None:
+        bought = None if released else ask()
+        if bought:
+            count = len(bought)
+            self._check_batch(count)
+            labels = labels[bought.index] if labels is not None else None
+        value = self._loss_of(attack.views, labels)
+
+        def prepare(epoch: int) -> tuple[Loader, BatchLoss]:
+            answers = bought or ask(epoch)
+            if not self.companion:
+                some = torch.arange(min(SPREAD_ROWS, len(answers.rows)))
+                self.target_spread = spread_of(answers.targets(some, self.device)).item()
+            loader = functools.partial(answers.batches, device=self.device, share=share)
+            return loader, self._stealing_loss(answers, attack, value, epoch)
+
+        self.fit(count, prepare)
+        self._forget_answers()
+
+    def _check_attack(
+        self, images: Images, victim: AnyVictim, attack: Attack, labels: Tensor | None, refined: bool
+    ) -> int:
+        """How many of the images the attack asks about. UserError for what cannot work, before anything is paid for."""
+        attack.check(self.loss)
+        if self.recipe.recipe == "released" and (attack.max_coverage is not None or attack.restore):
+            raise UserError("--max-coverage and --restore take all answers together: leave out --recipe released")
+        count = len(images)
+        if attack.max_coverage is not None and victim.budget is not None:
+            count = min(count, attack.images(victim.budget))
+        self._check_labels(labels)
+        self._check_batch(count)
+        self._check_victim(victim, refined)
+        return count
+
+    def _stealing_loss(self, answers: Answers, attack: Attack, value: Callable[..., Tensor], epoch: int) -> BatchLoss:
+        """The loss of a batch of an epoch: of the copy's features, or of what the companion makes of both sides."""
+        table = answers.draw(generator(self.recipe.seed, "views", epoch))
+        table = table.to(self.device) if table is not None else None
+
+        def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+            shown, targets = answers.batch(batch, table)
+            if self.companion:
+                local = targets[rows_of(self._positions(batch), attack.views, len(batch.index))]
+                with torch.no_grad():
+                    targets = self.features(self.companion.project, local, attack.views)
+                features = self.features(lambda x: self.companion.predict(self.model.output(x)), shown, attack.views)
+            else:
+                features = self.features(self.model.output, shown, attack.views)
+            return value(batch.index, features, targets), features
+
+        return batch_loss
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Where this process's images stand in the batch."""
+        return torch.arange(len(batch.index), device=self.device)[share(len(batch.index))]
+
+    def _buy(
+        self, victim: AnyVictim, images: Images, attack: Attack, count: int, epoch: int, keep: Path | None
+    ) -> Answers:
+        """Buy what the attack says, enter it in the record that every checkpoint has, and say what it cost."""
+        draws = generator(self.recipe.seed, "query views", epoch)
+        stored = isinstance(images, Stored)
+        client = Client(victim, keep, attack.repeat, np.float32 if stored else np.float16)
+        bought = buy(client, images.to(CPU), attack, count, draws, lambda: self._features(images))
         asked = torch.cat([*bought.sources.values()]).unique()  # also images whose answers were thrown away
-        if "query_indices" in self.extra and len(asked) < len(self.extra["query_indices"]):
-            self.extra["query_indices"] = self.extra["query_indices"][asked]
-            self.extra["query_set"] = {**self.extra["query_set"], "images": len(asked)}
-        self._record(victim, bought.sources, digest_tensor(images[asked]), bought.found)
-
-    def _record(self, victim: Victim, sources: dict[str, Tensor], digests: Tensor, found: list[str] = ()) -> None:
-        """Enter and say what was asked: `sources` are as in `adaptive.Bought`, digests (N, 16) of all images asked."""
-        self.extra |= {"ledger": victim.ledger.state_dict(), "query_digests": digests}
+        record = self.run.record
+        if record.query_indices is not None and len(asked) < len(record.query_indices):
+            record.query_indices = record.query_indices[asked]
+            record.query_set = {**record.query_set, "images": len(asked)}
+        if stored:
+            record.query_digests = digest_tensor(images.tensor[asked])
+        else:  # views of them were sent, whose digests the ledger has
+            record.query_digests = pack_digests(sorted(victim.ledger.accounts["default"].images))
+        record.ledger = victim.ledger.state_dict()
         summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
         self.run.say(summary.format(**victim.ledger.summary()))
-        for words in found:
+        for words in bought.findings:
             self.run.say(f"attacker: {words}")
-        for account, more in sources.items():
-            self.sources[account] = torch.cat([self.sources.get(account, more[:0]), more])
-        self.extra["met"] = victim.met(self.sources)
-        for name, figure in self.extra["met"].items():
+        for account, more in bought.sources.items():
+            self._sources[account] = torch.cat([self._sources.get(account, more[:0]), more])
+        record.defence_report = victim.report(self._sources)
+        for name, figure in record.defence_report.items():
             self.run.say(f"{name.replace('_', ' ')} {figure:.4g}")
+        barrier()
+        return bought
 
     # ---- its parts ----
+
+    def _features(self, images: Images) -> Tensor:
+        """What the copy makes of the images before it is trained (N, D), on the CPU."""
+        return represent(self._untrained.to(self.device), images, self.precision).cpu()
+
+    def _loader(self, images: Images, epoch: int) -> Loader:
+        return lambda batches: images.batches(batches, self.device, epoch, share)
 
     def _check_labels(self, labels: Tensor | None) -> None:
         if self.loss.needs_labels and (labels is None or (labels < 0).any()):
             raise UserError("this loss needs labels and the images have none: choose another --losstype or data set")
 
-    def _check_victim(self, victim: Victim, refined: bool) -> None:
+    def _check_victim(self, victim: AnyVictim, refined: bool) -> None:
         if not refined and victim.dim != self.model.output_dim:
             raise UserError(
                 f"the victim answers {victim.dim} numbers, the copy gives {self.model.output_dim}: "
@@ -260,20 +270,16 @@ class SimCLR(Loop):
             raise UserError(
                 f"{self.run.checkpoint} was stolen from other weights: the victim has changed, drop --resume"
             )
-        unfinished = 0 < self.first_epoch < self.training.epochs
-        if unfinished and self.training.recipe == "released" and any(one.remembers for one in victim.defences):
+        unfinished = 0 < self.first_epoch < self.recipe.epochs
+        if unfinished and self.recipe.recipe == "released" and victim.stateful:
             raise UserError("what a defence remembers of earlier epochs is lost under --recipe released: drop --resume")
 
     def _loss_of(self, views: int, labels: Tensor | None = None) -> Callable[..., Tensor]:
-        """The loss with the settings in force: of the batch's index (B,) and features, `views` rows for each image."""
+        """The loss of a batch's index (B,) and features (views * B, D)."""
         self._check_labels(labels)
-        if self.loss.needs_labels:
-            labels = labels.to(self.precision.device)
-        settings = {**vars(self.training), "views": views}
-        fixed = {argument: settings[name] for argument, name in self.loss.takes.items() if name != "labels"}
+        return self.loss.of_batch(views, labels.to(self.device) if self.loss.needs_labels else None)
 
-        def value(index: Tensor, *features: Tensor) -> Tensor:
-            of_batch = {"labels": labels[index]} if self.loss.needs_labels else {}
-            return self.loss(*features, **fixed, **of_batch)
 
-        return value
+def _without_images(batches: Sequence[Tensor]) -> Iterable[Batch]:
+    """Batches of indices alone, for training on rows."""
+    return (Batch(index, index[share(len(index))], index[:0]) for index in batches)

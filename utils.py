@@ -1,34 +1,43 @@
-"""What every script needs around an experiment: errors, seeds, precision, checkpoints and the run folder."""
+"""Errors, seeds, device and precision, and files that are written atomically."""
 
 import contextlib
 import hashlib
-import json
-import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
+
+# A scheduler's signals before it takes the machine away; Windows has no SIGUSR1.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class UserError(Exception):
-    """Something that the user can mend: shown as one line, exit code 2."""
+    """An error that the user can mend: scripts print it as one line and exit with code 2."""
+
+
+# ---- the first process of a job --------------------------------------------------------------------------------------
 
 
 def first_process() -> bool:
-    """Whether this process is the one of its job that writes files; one without a job is."""
+    """Whether this process is rank 0 of its job; a process without a job is. Only rank 0 writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def first_by_launcher() -> bool:
+    """Whether this is rank 0 according to the launcher's environment; only rank 0 reports usage errors."""
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return int(os.environ.get("RANK") or (several and os.environ.get("SLURM_PROCID")) or 0) == 0
+
+
 def quiet() -> bool | None:
-    """What tqdm's `disable` takes: progress is shown on terminals, by the first process."""
+    """The value for tqdm's `disable`: rank 0 shows progress, on terminals only."""
     return None if first_process() else True
 
 
@@ -164,83 +173,3 @@ def _git_commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-class Run:
-    """The folder of one experiment.
-
-    config.yml (every value in force, commit, versions, device), checkpoint.pth.tar, metrics.jsonl (one line per
-    record), run.log and tensorboard events. Opening it writes nothing before `start()`, so that whatever is wrong with
-    the input can be found first. Of a job's processes only the first writes.
-    """
-
-    def __init__(self, folder: Path, tensorboard: Path | None = None):
-        self.folder = folder
-        self.checkpoint = folder / "checkpoint.pth.tar"
-        self.metrics = folder / "metrics.jsonl"
-        self._events = tensorboard or folder
-        self._writer = None
-        self._logger = logging.getLogger(f"run.{folder}")
-
-    def start(self, config: Mapping, clear: bool = True, from_epoch: int = 0) -> None:
-        """Make the folder and write config.yml. `clear` deletes an earlier run's log, metrics and events.
-
-        When a run goes on from `from_epoch`, the metrics of that epoch and later ones are dropped: they come again.
-        """
-        if not first_process():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if clear and from_epoch == 0:
-            for old in [self.folder / "run.log", self.metrics, *self._events.glob("events.out.tfevents.*")]:
-                old.unlink(missing_ok=True)
-        if from_epoch and self.metrics.exists():
-            kept = [record for record in self.records() if record.get("epoch", from_epoch) < from_epoch]
-            with atomic_path(self.metrics) as temporary:
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        with atomic_path(self.folder / "config.yml") as temporary:
-            temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        self._logger.setLevel(logging.INFO)
-        self._logger.propagate = False
-        handler = logging.FileHandler(self.folder / "run.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self._logger.addHandler(handler)
-        # Imported here: it takes a second, and a run that fails on its input need not wait for it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(self._events), purge_step=from_epoch or None)
-
-    def say(self, text: str) -> None:
-        """Print a line and log it."""
-        print(text, flush=True)
-        self._logger.info(text)
-
-    def record(self, step: int, values: Mapping) -> None:
-        """Append one line to metrics.jsonl and its numbers to tensorboard at `step`."""
-        if not first_process():
-            return
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
-        self.scalars(step, {k: v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"})
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Send numbers to tensorboard only."""
-        for name, value in values.items():
-            if self._writer is not None:
-                self._writer.add_scalar(name, value, step)
-
-    def records(self) -> list[dict]:
-        """The lines of metrics.jsonl so far; a last line cut off by a kill is left out."""
-        records = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
-
-    def finish(self) -> None:
-        """Flush and close the log and the events."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        for handler in list(self._logger.handlers):
-            handler.close()
-            self._logger.removeHandler(handler)

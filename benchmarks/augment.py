@@ -2,11 +2,12 @@
 
     python -m benchmarks.augment [--images 512] [--size 32] [--rounds 15] [--device cuda]
 
-The contestants take turns in one process, and the medians are compared. Then each operation of this project and of
-kornia is compared with the function of torchvision for one float image, at the same factors. kornia is not needed by
-the project: `pip install --no-deps --target DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run. Set
-OMP_NUM_THREADS=1 where others use the cores: threads that wait for a core held by another process make every
-contestant many times slower.
+The implementations take turns in one process, and their medians are compared. This project is measured as a step of
+training uses it (rows of an epoch's table that is on the device already) and with the draws; the table of an epoch of
+100,000 views is measured on its own. Then each operation of this project and of kornia is compared with torchvision's
+function for one float image, at the same factors. kornia is not needed by the project: `pip install --no-deps --target
+DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run. Set OMP_NUM_THREADS=1 where others use the cores: threads
+that wait for a core that another process uses make every implementation many times slower.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from data_aug import augment
+from data_aug import augment, operations
 
 try:
     import kornia
@@ -27,11 +28,12 @@ try:
 except ImportError:
     kornia = None
 
+EPOCH = 100_000  # views: two of each image of CIFAR-10
 JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 
 
 def pil_views(size: int) -> Callable:
-    kernel = 2 * augment.blur_radius(size) + 1
+    kernel = 2 * operations.blur_radius(size) + 1
     view = transforms.Compose(
         [
             transforms.RandomResizedCrop(size, augment.CROP_AREA, augment.CROP_RATIO),
@@ -47,7 +49,7 @@ def pil_views(size: int) -> Callable:
 
 def kornia_views(size: int) -> Callable:
     """One draw per image, except that kornia draws the order of the colour operations once for the batch."""
-    kernel = 2 * augment.blur_radius(size) + 1
+    kernel = 2 * operations.blur_radius(size) + 1
     view = torch.nn.Sequential(
         kornia_augment.RandomResizedCrop((size, size), augment.CROP_AREA, augment.CROP_RATIO, align_corners=False),
         kornia_augment.RandomHorizontalFlip(p=0.5),
@@ -59,11 +61,11 @@ def kornia_views(size: int) -> Callable:
 
 
 @torch.no_grad()
-def measure(contestants: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each run; each round runs every contestant once, and the first two rounds do not count."""
-    times = {name: [] for name in contestants}
+def measure(candidates: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of each run; each round runs every candidate once, and the first two rounds do not count."""
+    times = {name: [] for name in candidates}
     for _ in range(rounds + 2):
-        for name, run in contestants.items():
+        for name, run in candidates.items():
             start = time.perf_counter()
             run()
             if device.type == "cuda":
@@ -86,17 +88,17 @@ def resized(image: Tensor, box: list[int]) -> Tensor:
     return TF.resized_crop(image, *box, [32, 32], antialias=True)
 
 
-def agreement_of_own(images: Tensor) -> dict[str, float]:
+def agreement_of_this_project(images: Tensor) -> dict[str, float]:
     x, n = images.float() / 255, len(images)
     draws = augment.draw_views(n, *images.shape[-2:], 32, torch.Generator().manual_seed(0))
-    crops = augment.crop_resize(images, draws.boxes, torch.zeros(n, dtype=torch.bool), 32)
+    crops = operations.crop_resize(images, draws.boxes, torch.zeros(n, dtype=torch.bool), 32)
     found = {"crop": largest_difference(crops, x, resized, draws.boxes.tolist())}
     for i, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-        own, theirs = getattr(augment, f"adjust_{name}"), getattr(TF, f"adjust_{name}")
+        ours, theirs = getattr(operations, f"adjust_{name}"), getattr(TF, f"adjust_{name}")
         factors = draws.factors[:, i]
-        found[name] = largest_difference(own(x, factors), x, theirs, factors.tolist())
-    found["grey"] = largest_difference(augment.to_grey(x), x, TF.rgb_to_grayscale, [3] * n)
-    blurs = augment.gaussian_blur(x, draws.sigma, 2)
+        found[name] = largest_difference(ours(x, factors), x, theirs, factors.tolist())
+    found["grey"] = largest_difference(operations.to_grey(x), x, TF.rgb_to_grayscale, [3] * n)
+    blurs = operations.gaussian_blur(x, draws.sigma, 2)
     return found | {"blur": largest_difference(blurs, x, blurred, draws.sigma.tolist())}
 
 
@@ -118,13 +120,13 @@ def agreement_of_kornia(images: Tensor) -> dict[str, float]:
 
 def print_agreement(title: str, images: Tensor) -> None:
     """The largest difference of each operation from torchvision on float images, in 1/255."""
-    rows = {"own": agreement_of_own(images)}
+    rows = {"this project": agreement_of_this_project(images)}
     if kornia:
         rows["kornia"] = agreement_of_kornia(images)
     print(f"\nlargest difference from torchvision, in 1/255, {title}")
-    print(" " * 8 + "".join(f"{name:>12}" for name in rows["own"]))
+    print(" " * 14 + "".join(f"{name:>12}" for name in rows["this project"]))
     for name, found in rows.items():
-        print(f"{name:8}" + "".join(f"{255 * value:12.4f}" for value in found.values()))
+        print(f"{name:14}" + "".join(f"{255 * value:12.4f}" for value in found.values()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -141,25 +143,31 @@ def main(arguments: list[str] | None = None) -> None:
     images = (smooth.clamp(0, 1) * 255).to(torch.uint8)
     as_pil = [TF.to_pil_image(image) for image in images]
     on_device, draws = images.to(given.device), torch.Generator().manual_seed(0)
+    table = augment.draw_views(EPOCH, given.size, given.size, given.size, draws).to(given.device)
+    rows = torch.randint(0, EPOCH, (given.images,)).to(given.device)
     on_pil = pil_views(given.size)
-    contestants = {
-        "own": lambda: augment.random_views(on_device, given.size, draws),
+    candidates = {
+        "this project": lambda: augment.apply_views(on_device, table[rows]),
+        "with draws": lambda: augment.random_views(on_device, given.size, draws),
         "PIL, 1 process": lambda: on_pil(as_pil),
     }
     if kornia:
         by_kornia = kornia_views(given.size)
-        contestants[f"kornia {kornia.__version__}"] = lambda: by_kornia(on_device)
+        candidates[f"kornia {kornia.__version__}"] = lambda: by_kornia(on_device)
     else:
         print("kornia is not importable: left out")
 
-    times = measure(contestants, given.rounds, given.device)
+    times = measure(candidates, given.rounds, given.device)
     medians = {name: statistics.median(series) for name, series in times.items()}
     shape = f"{given.images} views of {given.size} x {given.size}"
     print(f"{shape}, {given.device}, {torch.get_num_threads()} CPU threads, {given.rounds} rounds")
-    print(f"{'':16}{'median ms':>12}{'fastest ms':>12}{'views/s':>12}{'time / own':>12}")
+    print(f"{'':16}{'median ms':>12}{'fastest ms':>12}{'views/s':>12}{'time / first':>13}")
     for name, median in medians.items():
-        rate, ratio = given.images / median * 1000, median / medians["own"]
-        print(f"{name:16}{median:12.1f}{min(times[name]):12.1f}{rate:12.0f}{ratio:12.1f}")
+        rate, ratio = given.images / median * 1000, median / medians["this project"]
+        print(f"{name:16}{median:12.1f}{min(times[name]):12.1f}{rate:12.0f}{ratio:13.1f}")
+
+    epoch = {"draws": lambda: augment.draw_views(EPOCH, given.size, given.size, given.size, draws)}
+    print(f"the table of {EPOCH:,} views: {statistics.median(measure(epoch, 5, given.device)['draws']):.1f} ms")
 
     noise = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     print_agreement("noise of 32 x 32, crops mostly enlarged", noise)

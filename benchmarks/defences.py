@@ -8,16 +8,17 @@ compares is part of its time. All take turns, so only the ratios of one run mean
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks import alternate, machine
 from data_aug.datasets import load_dataset, to_float
-from defenses import DEFENCES, Query
+from defenses import DEFENCES, Call
 from defenses.poisoning import Poisoning
-from models import build_encoder
-from options import Parser
+from models import arch_name, build_encoder
+from settings import Parser, Settings, setting
 from utils import Precision, choose_device, seeded
 from victim import image_digests
 
@@ -26,7 +27,7 @@ def full_poisoning(earlier: Tensor, project: Callable[[Tensor], Tensor], size: i
     """Poisoning that remembers exactly these representations (M, D) of earlier queries, asked so many in a call."""
     defence = Poisoning(poison_memory=len(earlier))
     for part in earlier.split(size):
-        defence.nearest(Query(digests=[], representations=part, project=project))
+        defence.nearest(Call(digests=[], representations=part, project=project))
     return defence
 
 
@@ -54,19 +55,24 @@ def tasks(
     def call_of(name: str) -> Callable[[], object]:
         defence = full_poisoning(earlier, project) if name == "poisoning" else DEFENCES[name]()
         # A new query each time: it keeps the projections that were computed for it.
-        return lambda: defence(h, Query(digests, h, project, first=memory))
+        return lambda: defence(h, Call(digests, h, project, first=memory))
 
     return {"encoder": represent, **{name: call_of(name) for name in DEFENCES}}
 
 
+@dataclass(frozen=True)
+class Timed(Settings):
+    """What is timed."""
+
+    arch: str = setting("resnet34", "architecture", read=arch_name)
+    queries: int = setting(512, "queries in a call", at_least=1)
+    memory: int = setting(10_000, "earlier queries that poisoning remembers", at_least=1)
+    out_dim: int = setting(128, "width of the projections that poisoning compares", at_least=1)
+    rounds: int = setting(5, "timings of each, in turn", at_least=1)
+
+
 def main() -> None:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet34", help="architecture")
-    parser.add_argument("--queries", type=int, default=512, help="queries in a call")
-    parser.add_argument("--memory", type=int, default=10_000, help="earlier queries that poisoning remembers")
-    parser.add_argument("--out-dim", type=int, default=128, help="width of the projections that poisoning compares")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each, in turn")
-    args = parser.parse_args()
+    args = Parser(__doc__, [Timed]).parse().use(Timed)
     precision = Precision.choose("auto", choose_device())
     images = load_dataset("shapes")[0][: args.queries]
     with torch.no_grad():

@@ -6,6 +6,8 @@ Classic: the whole backbone's forward pass in every epoch, float32, NCHW; its ep
 because they are all alike. Ours: representations once, then the 100 epochs of the linear layer, all of it timed.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,11 +15,21 @@ from torch import Tensor, nn
 from benchmarks import alternate, machine
 from data_aug.datasets import load_dataset
 from evaluation import linear_probe, represent
-from models import build_encoder
-from options import Parser
+from models import USUAL, arch_name, build_encoder
+from settings import Parser, Settings, setting
 from utils import Precision, choose_device
 
 EPOCHS = 100
+
+
+@dataclass(frozen=True)
+class Benchmark(Settings):
+    """What is timed."""
+
+    arch: str = setting("resnet18", f"architecture: {USUAL}", read=arch_name)
+    images: int = setting(1000, "training images; a fifth as many test images", at_least=5)
+    classic_epochs: int = setting(1, "epochs of the classic way that are timed", at_least=1)
+    rounds: int = setting(3, "timings of each, in turn", at_least=1)
 
 
 def classic_epochs(encoder: nn.Module, images: Tensor, labels: Tensor, test_images: Tensor, epochs: int):
@@ -42,12 +54,7 @@ def classic_epochs(encoder: nn.Module, images: Tensor, labels: Tensor, test_imag
 
 
 def main() -> None:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet18", help="architecture")
-    parser.add_argument("--images", type=int, default=1000, help="training images; a fifth as many test images")
-    parser.add_argument("--classic-epochs", type=int, default=1, help="epochs of the classic way that are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each, in turn")
-    args = parser.parse_args()
+    args = Parser(__doc__, [Benchmark]).parse().use(Benchmark)
     device = choose_device()
     precision = Precision.choose("auto", device)
     (images, labels), (test_images, test_labels) = (

@@ -4,50 +4,67 @@ python -m benchmarks.scaling                      # starts 1, 2 and 4 processes 
 python -m benchmarks.scaling --arch resnet18-imagenet --size 64 --batch-size 32
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import distributed
-import options
+from jobs.ending import script
+from jobs.exchange import barrier, parallel, processes, share, whole_batch
+from jobs.place import Processes, set_up_job
 from loss import STEAL_LOSSES
-from models import ARCHITECTURES, build_copy, build_encoder
-from stopping import script
+from models import arch_name, build_copy, build_encoder
+from settings import Parser, Settings, setting
 from utils import Precision, seeded
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 PER_NODE = 4
 
 
-def measure(args: argparse.Namespace, precision: Precision) -> dict[str, float]:
+@dataclass(frozen=True)
+class Scaling(Settings):
+    """What is measured, and what is assumed of links between GPUs."""
+
+    arch: str = setting("resnet50-imagenet", "architecture", read=arch_name)
+    size: int = setting(224, "side of the images in pixels", at_least=1)
+    batch_size: int = setting(16, "images of the job's batch", at_least=1)
+    rounds: int = setting(5, "how often everything is timed", at_least=1)
+    within: float = setting(150.0, "GB/s of a GPU to others of its node (assumed)", above=0)
+    between: float = setting(20.0, "GB/s of a GPU to those of other nodes (assumed)", above=0)
+    latency: float = setting(30.0, "microseconds of a collective (assumed)", at_least=0)
+    precision: str = setting("auto", "number format on the CPU", choices=("auto", "fp32", "bf16"))
+    measure: bool = setting(False, "be one of the processes, and print what was measured")
+    title = "benchmark"
+
+
+def measure(args: Scaling, precision: Precision) -> dict[str, float]:
     """Seconds of one step by InfoNCE on a batch of the job, and of what it exchanges, each by itself."""
     width = build_encoder(args.arch).dim
     with seeded(0):
         copy = build_copy(args.arch, width).to(memory_format=precision.memory_format)
         images, answers = torch.rand(args.batch_size, 3, args.size, args.size), torch.rand(args.batch_size, width)
-    call = distributed.parallel(copy)
-    own = images[distributed.share(len(images))].contiguous(memory_format=precision.memory_format)
+    call = parallel(copy)
+    local = images[share(len(images))].contiguous(memory_format=precision.memory_format)
     optimizer = torch.optim.SGD(copy.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
     def step() -> None:
         with precision.autocast():
-            features = call(copy.output, own)
-        loss = STEAL_LOSSES["infonce"](distributed.whole_batch(features.float()), answers)
+            features = call(copy.output, local)
+        loss = STEAL_LOSSES["infonce"](whole_batch(features.float()), answers)
         optimizer.zero_grad(set_to_none=True)
-        (loss * distributed.processes()).backward()
+        (loss * processes()).backward()
         optimizer.step()
 
     found = {"step": seconds_of(step, args.rounds)}
-    if distributed.processes() > 1:
+    if processes() > 1:
         gradients = torch.zeros(sum(parameter.numel() for parameter in copy.parameters()))
-        part = torch.zeros(len(own), width)
+        part = torch.zeros(len(local), width)
         norms = [layer.num_features for layer in copy.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
         def norm_statistics() -> None:
@@ -56,7 +73,7 @@ def measure(args: argparse.Namespace, precision: Precision) -> dict[str, float]:
                     dist.all_reduce(torch.zeros(2 * channels))
 
         found["gradients"] = seconds_of(lambda: dist.all_reduce(gradients), args.rounds)
-        found["features"] = seconds_of(lambda: distributed.whole_batch(part), args.rounds)
+        found["features"] = seconds_of(lambda: whole_batch(part), args.rounds)
         found["batch norms"] = seconds_of(norm_statistics, args.rounds)
     return found
 
@@ -65,7 +82,7 @@ def seconds_of(work: Callable[[], None], rounds: int) -> float:
     """Seconds of a call, the median of so many after one that doesn't count."""
     times = []
     for _ in range(rounds + 1):
-        distributed.barrier()
+        barrier()
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
@@ -112,7 +129,7 @@ def exchanged(arch: str, batch: int, gpus: int) -> dict[str, float]:
     }
 
 
-def computed(args: argparse.Namespace) -> list[str]:
+def computed(args: Scaling) -> list[str]:
     """Lines of a table for ResNet-50 at 224 and a batch of 512: bytes, seconds by the assumed links, memory."""
     each = kept_for_backward("resnet50-imagenet", 224)
     weights = 4 * sum(parameter.numel() for parameter in build_encoder("resnet50-imagenet").parameters())
@@ -133,25 +150,11 @@ def computed(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet50-imagenet", help="architecture")
-    parser.add_argument("--size", type=int, default=224, help="side of the images")
-    parser.add_argument("--batch-size", type=int, default=16, help="images of the job's batch")
-    parser.add_argument("--rounds", type=int, default=5, help="times that everything is timed")
-    parser.add_argument("--within", type=float, default=150.0, help="GB/s of a GPU to others of its node (assumed)")
-    parser.add_argument("--between", type=float, default=20.0, help="GB/s of a GPU to those of other nodes (assumed)")
-    parser.add_argument("--latency", type=float, default=30.0, help="microseconds of a collective (assumed)")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the CPU")
-    parser.add_argument("--measure", action="store_true", help="be one of the processes, and print what was measured")
-    options.add_job_options(parser)
-    return parser.parse_args()
-
-
 @script
 def main() -> None:
-    args = flags()
-    distributed.set_up(args)
+    command = Parser(__doc__, [Scaling, Processes]).parse()
+    args = command.use(Scaling)
+    set_up_job(command.use(Processes))
     torch.set_num_threads(1)
     precision = Precision.choose(args.precision, torch.device("cpu"))
     if args.measure:

@@ -9,6 +9,7 @@ precision that --precision auto takes on this machine. Both train on two views o
 import contextlib
 import io
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +19,14 @@ from torchvision import transforms
 
 from benchmarks import alternate, machine
 from data_aug.datasets import load_dataset
+from data_aug.images import Stored
 from loss import TRAIN_LOSSES, nt_xent
-from models import build_encoder
-from options import Parser
+from models import arch_name, build_encoder
+from settings import Parser, Settings, setting
 from simclr import SimCLR
-from training import Training
-from utils import Precision, Run, choose_device
+from training.recipe import Recipe
+from training.run import Run
+from utils import Precision, choose_device
 
 
 class TwoViews(Dataset):
@@ -73,25 +76,30 @@ def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.d
 
 def our_training(arch: str, images: Tensor, batch_size: int, device: torch.device, folder: Path):
     """A function that trains one more epoch with the project's trainer."""
-    training = Training(epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4, n_views=2)
+    recipe = Recipe(epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4)
     model, precision = build_encoder(arch, out_dim=128), Precision.choose("auto", device)
-    trainer = SimCLR(model, TRAIN_LOSSES["infonce"], training, Run(folder / arch), precision)
+    trainer = SimCLR(model, TRAIN_LOSSES["infonce"], recipe, Run(folder / arch, precision))
 
     def epoch() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train(images)
+            trainer.train(Stored(images))
 
     return epoch
 
 
+@dataclass(frozen=True)
+class TrainStep(Settings):
+    """What is timed."""
+
+    archs: tuple[str, ...] = setting(("resnet18", "resnet34"), "architectures", read=arch_name, several=True)
+    batch_size: int = setting(256, "images per batch", at_least=1)
+    steps: int = setting(2, "steps in one timing", at_least=1)
+    rounds: int = setting(3, "timings of each, in turn", at_least=1)
+
+
 def main() -> None:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet34"], help="architectures")
-    parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
     steps = 50 if torch.cuda.is_available() else 2
-    parser.add_argument("--steps", type=int, default=steps, help="steps in one timing")
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each, in turn")
-    args = parser.parse_args()
+    args = Parser(__doc__, [TrainStep], defaults={"steps": steps}).parse().use(TrainStep)
     device = choose_device()
     images, _ = load_dataset("shapes")
     images = images[: args.batch_size * args.steps]

@@ -1,32 +1,22 @@
-"""Defences: one file each, and the table of their names. A new one is a file and a row here (docs/extending.md)."""
+"""Defences, a file each. A new file with a subclass of `Defence` is a new defence (docs/extending.md)."""
 
-from collections.abc import Mapping, Sequence
+import importlib
+import pkgutil
+from dataclasses import dataclass
 
-from defenses.base import Defence, Query, setting, settings_of
-from defenses.buckets import Buckets
-from defenses.detection import Detection
-from defenses.entropy import Entropy
-from defenses.noise import Noise
-from defenses.poisoning import Poisoning
-from defenses.rounding import Rounding
-from defenses.topk import TopK
-from defenses.transform import Transform
-from defenses.truncate import Truncate
+from defenses.base import Call, Defence
+from settings import Command, Settings, read_switch, setting
 from utils import UserError
 
-__all__ = ["DEFENCES", "Defence", "Query", "build_defences", "parse_defences", "setting", "settings_of"]
+__all__ = ["DEFENCES", "Call", "Defence", "DefenceChoice", "parse_defences", "use_defences"]
 
-DEFENCES: dict[str, type[Defence]] = {
-    "noise": Noise,
-    "poisoning": Poisoning,
-    "rounding": Rounding,
-    "topk": TopK,
-    "truncate": Truncate,
-    "transform": Transform,
-    "entropy": Entropy,
-    "buckets": Buckets,
-    "detection": Detection,  # changes nothing
-}
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+# The class `TopK` is the defence `topk`.
+DEFENCES: dict[str, type[Defence]] = {defence.__name__.lower(): defence for defence in Defence.__subclasses__()}
+
+# Attacks by these losses compare views of an image. --defence True poisons them; in 2022 these were infonce and softnn.
+POISONED = ("contsteal", "infonce", "rda", "softnn")
 
 
 def parse_defences(text: str) -> list[str]:
@@ -40,10 +30,47 @@ def parse_defences(text: str) -> list[str]:
     return names
 
 
-def build_defences(names: Sequence[str], settings: Mapping[str, object], secret: int = 0) -> list[Defence]:
-    """Defences of those names, in their order, with those of the settings that each takes. UserError for bad values."""
-    chosen = [DEFENCES[name] for name in names]
-    return [
-        one(secret=secret, **{key: settings[key] for key in settings_of(one) if settings.get(key) is not None})
-        for one in chosen
-    ]
+def read_defences(text: str) -> str | bool | None:
+    """True, None for False, or a list of defences such as `noise,rounding`, in one spelling."""
+    if text.lower() in ("true", "false"):
+        return read_switch(text) or None
+    return ",".join(parse_defences(text))
+
+
+@dataclass(frozen=True)
+class DefenceChoice(Settings):
+    """Which defences act on the victim's answers."""
+
+    defence: str | None = setting(
+        None,
+        f"what the owner does to answers, in this order, such as noise,rounding: {', '.join(DEFENCES)}. True: "
+        f"poisoning of attacks by {', '.join(POISONED)}, noise for others, as in the 2022 code",
+        read=read_defences,
+        optional_value=True,
+    )
+    entropy: bool = setting(False, "the same as entropy at the end of --defence")
+    secret: int | None = setting(
+        None,
+        "seed of the owner's draws (default: --seed)",
+        acts=lambda command: None if command.defence else "without --defence",
+    )
+    title = "defence"
+
+
+def resolve_defences(command: Command, losstype: str) -> list[str]:
+    """The names of the defences that --defence and --entropy ask for against an attack by a loss."""
+    asked = command.defence
+    if asked is True:
+        asked = "poisoning" if losstype in POISONED else "noise"
+    names = asked.split(",") if asked else []
+    if command.entropy and "entropy" not in names:
+        names.append("entropy")
+    command.set(defence=",".join(names) or None)
+    return names
+
+
+def use_defences(command: Command, losstype: str, seed: int) -> list[Defence]:
+    """Put the defences into force that the command line names: new ones, which have seen no query."""
+    choice = command.use(DefenceChoice)
+    secret = seed if choice.secret is None else choice.secret
+    return [command.use(DEFENCES[name], secret=secret) for name in resolve_defences(command, losstype)]

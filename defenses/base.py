@@ -1,24 +1,26 @@
-"""What every defence is made of: the query it sees, its settings that become flags, and its random draws."""
+"""What every defence is made of: the call it sees, its settings, which become flags, and its random draws."""
 
 import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError
+from settings import Command, Settings, setting
+
+__all__ = ["Call", "Defence", "setting"]
 
 
 @dataclass(frozen=True)
-class Query:
-    """One call of an account as the owner sees it.
+class Call:
+    """A call of an account as the owner sees it.
 
-    A digest of each of its images; the encoder's true representations h (B, D), and `project`, which gives its
-    projections z of them; `first`, the number of the account's queries before this call.
+    digests: of its B images. representations: the encoder's true h (B, D). project: returns the projections z of them.
+    first: how many queries the account had before this call.
     """
 
     digests: Sequence[bytes]
@@ -33,26 +35,22 @@ class Query:
         return self.project(self.representations)
 
 
-def setting(default: object, text: str, choices: Sequence[str] | None = None) -> Field:
-    """A field of a defence that scripts offer as a flag of its name, with this help."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
 @dataclass
-class Defence(ABC):
+class Defence(Settings, ABC):
     """Changes answers before an account sees them. A subclass is a dataclass whose `setting` fields become flags.
 
     `secret` is the owner's: it seeds every draw, so that nobody else can repeat them. A defence whose answers depend on
-    earlier queries says so by `remembers`; what it keeps, it keeps by account. One that looks at projections says
-    `needs_head`.
+    earlier queries has `remembers` set and keeps what it remembers by account. A defence that compares projections has
+    `needs_head` set.
     """
 
     secret: int = field(default=0, repr=False)
     remembers = False
     needs_head = False
+    title = "defence"
 
     @abstractmethod
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
         """Answers (B, E) to give instead of answers (B, D)."""
 
     def width(self, dim: int) -> int:
@@ -60,22 +58,22 @@ class Defence(ABC):
         return dim
 
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures of what it met. `sources`: for each account, the image (N,) that each of its queries was of."""
+        """Figures about the queries it saw. `sources`: for each account, the image index (N,) of each query."""
         return {}
 
-    def require(self, holds: bool, name: str, wanted: str) -> None:
-        """UserError for a setting that is not as wanted."""
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is not {wanted}: give another number")
+    @classmethod
+    def absent(cls, command: Command) -> str:
+        """Why the settings have no effect where the defence is not in force."""
+        return f"with --defence {command.defence}" if command.defence else "without --defence"
 
-    def normal(self, query: Query, width: int, by_image: bool = False) -> Tensor:
+    def normal(self, call: Call, width: int, by_image: bool = False) -> Tensor:
         """Standard normal draws (B, width): a row for each query of the account, or the same row for the same image."""
         if by_image:
-            keys: Iterable[str] = (digest.hex() for digest in query.digests)
+            keys: Iterable[str] = (digest.hex() for digest in call.digests)
         else:
-            keys = (f"{query.account}/{query.first + row}" for row in range(len(query.digests)))
+            keys = (f"{call.account}/{call.first + row}" for row in range(len(call.digests)))
         rows = [_normal_row(f"{self.secret}/{type(self).__name__}/{key}", width) for key in keys]
-        return torch.from_numpy(np.stack(rows)).to(query.representations.device)
+        return torch.from_numpy(np.stack(rows)).to(call.representations.device)
 
 
 def _normal_row(key: str, width: int) -> np.ndarray:
@@ -84,8 +82,3 @@ def _normal_row(key: str, width: int) -> np.ndarray:
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     draws = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     return draws.standard_normal(width, np.float32)
-
-
-def settings_of(defence: type[Defence]) -> dict[str, Field]:
-    """The fields of a defence that are flags."""
-    return {one.name: one for one in fields(defence) if "help" in one.metadata and one.default is not MISSING}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
-from utils import generator
+from defenses.base import Call, Defence, setting
+from utils import UserError, generator
 
 LARGEST = 1e6  # standard deviation: far beyond beta the formula leaves what a number can hold
 
@@ -54,32 +54,30 @@ class Buckets(Defence):
     query, so the answers do not depend on how a stream is cut into calls.
     """
 
-    bucket_bits: int = setting(12, "hyperplanes that hash representations into 2^N buckets")
-    bucket_lambda: float = setting(1e-6, "how flat the noise of buckets starts: lambda in B4B's formula")
-    bucket_alpha: float = setting(0.8, "standard deviation of buckets' noise at a coverage of beta")
-    bucket_beta: float = setting(80.0, "coverage in percent at which buckets' noise is alpha")
+    bucket_bits: int = setting(12, "hyperplanes that hash representations into 2^N buckets", at_least=1, at_most=24)
+    bucket_lambda: float = setting(1e-6, "how flat the noise of buckets starts: lambda in B4B's formula", above=0)
+    bucket_alpha: float = setting(0.8, "standard deviation of buckets' noise at a coverage of beta", above=0)
+    bucket_beta: float = setting(80.0, "coverage in percent at which buckets' noise is alpha", above=0, at_most=100)
     remembers = True
     _coverage: dict[str, Coverage] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        self.require(1 <= self.bucket_bits <= 24, "bucket_bits", "from 1 to 24")
-        self.require(self.bucket_lambda > 0, "bucket_lambda", "above 0")
-        wanted = f"above lambda, {self.bucket_lambda}, and finite"
-        self.require(self.bucket_lambda < self.bucket_alpha < math.inf, "bucket_alpha", wanted)
-        self.require(0 < self.bucket_beta <= 100, "bucket_beta", "above 0 and at most 100")
+        super().__post_init__()
+        if self.bucket_alpha <= self.bucket_lambda:
+            raise UserError(f"--bucket-alpha {self.bucket_alpha} is not above lambda, {self.bucket_lambda}: give more")
 
     def sigma(self, coverage: Tensor) -> Tensor:
         """Standard deviation of the noise at a coverage in percent."""
         growth = math.log(self.bucket_alpha / self.bucket_lambda) / self.bucket_beta
         return (self.bucket_lambda * torch.expm1(growth * coverage)).clamp_max(LARGEST)
 
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
-        h = query.representations
-        if query.account not in self._coverage:
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
+        h = call.representations
+        if call.account not in self._coverage:
             normals = hyperplanes(self.bucket_bits, h.shape[1], generator(self.secret, "buckets"))
-            self._coverage[query.account] = Coverage(normals.to(h.device))
-        sigma = self.sigma(self._coverage[query.account].add(h))
-        return answers + sigma[:, None] * self.normal(query, answers.shape[1])
+            self._coverage[call.account] = Coverage(normals.to(h.device))
+        sigma = self.sigma(self._coverage[call.account].add(h))
+        return answers + sigma[:, None] * self.normal(call, answers.shape[1])
 
     def coverage(self, account: str = "default") -> float:
         """Percentage of the buckets that the account has been in."""

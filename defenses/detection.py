@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
+from defenses.base import Call, Defence, setting
 from defenses.buckets import Coverage, hyperplanes
 from defenses.nearest import Memory
 from utils import generator
@@ -107,17 +107,17 @@ class Detection(Defence):
     how a stream is cut into calls. Which score is too high is the owner's to choose, from users' streams (detect.py).
     """
 
-    detection_memory: int = setting(MEMORY, "queries of an account that detection compares a new one with")
-    detection_bits: int = setting(BITS, "hyperplanes that hash representations into 2^N buckets for detection")
+    detection_memory: int = setting(
+        MEMORY, "earlier queries of an account that detection compares a query with", at_least=1
+    )
+    detection_bits: int = setting(
+        BITS, "hyperplanes that hash representations into 2^N buckets for detection", at_least=1, at_most=24
+    )
     remembers = True
     _streams: dict[str, Stream] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self):
-        self.require(self.detection_memory >= 1, "detection_memory", "1 or more")
-        self.require(1 <= self.detection_bits <= 24, "detection_bits", "from 1 to 24")
-
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
-        self.watch(query.representations, query.account)
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
+        self.watch(call.representations, call.account)
         return answers
 
     def watch(self, representations: Tensor, account: str = "default") -> None:

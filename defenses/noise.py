@@ -1,11 +1,10 @@
 """Additive noise: the 2022 code's second defence."""
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
+from defenses.base import Call, Defence, setting
 
 
 @dataclass
@@ -17,12 +16,8 @@ class Noise(Defence):
     """
 
     mu: float = setting(5.0, "mean of what noise adds")
-    sigma: float = setting(0.5, "standard deviation of what noise adds and of what poisoning answers")
+    sigma: float = setting(0.5, "standard deviation of what noise adds and of what poisoning answers", at_least=0)
     consistent_noise: bool = setting(False, "the same image gets the same noise again")
 
-    def __post_init__(self):
-        self.require(math.isfinite(self.mu), "mu", "finite")
-        self.require(0 <= self.sigma < math.inf, "sigma", "0 or more and finite")
-
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
-        return answers + self.mu + self.sigma * self.normal(query, answers.shape[1], self.consistent_noise)
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
+        return answers + self.mu + self.sigma * self.normal(call, answers.shape[1], self.consistent_noise)

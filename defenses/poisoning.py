@@ -1,6 +1,5 @@
 """Similarity-triggered poisoning: the 2022 code's first defence, with a memory of the whole account."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
+from defenses.base import Call, Defence, setting
 from defenses.nearest import Memory
 from utils import UserError
 
@@ -24,30 +23,29 @@ class Poisoning(Defence):
     earlier ones; so the answers do not depend on how a stream is cut into calls.
     """
 
-    sigma: float = setting(0.5, "standard deviation of what noise adds and of what poisoning answers")
-    poison_memory: int = setting(10_000, "queries of an account that poisoning compares a new one with")
-    poison_threshold: float = setting(0.8, "similarity, (cos + 1) / 2, above which a query is poisoned")
+    sigma: float = setting(0.5, "standard deviation of what noise adds and of what poisoning answers", at_least=0)
+    poison_memory: int = setting(
+        10_000, "earlier queries of an account that poisoning compares a query with", at_least=1
+    )
+    poison_threshold: float = setting(
+        0.8, "similarity, (cos + 1) / 2, above which a query is poisoned", at_least=0, at_most=1
+    )
     remembers = True
     needs_head = True
     _seen: dict[str, Memory] = field(default_factory=dict, repr=False)
     _scores: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list), repr=False)
 
-    def __post_init__(self):
-        self.require(0 <= self.sigma < math.inf, "sigma", "0 or more and finite")
-        self.require(self.poison_memory >= 1, "poison_memory", "1 or more")
-        self.require(0 <= self.poison_threshold <= 1, "poison_threshold", "from 0 to 1")
-
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
-        similarity = self.nearest(query)
-        replacement = REPLACEMENT + self.sigma * self.normal(query, answers.shape[1])
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
+        similarity = self.nearest(call)
+        replacement = REPLACEMENT + self.sigma * self.normal(call, answers.shape[1])
         return torch.where((similarity > self.poison_threshold)[:, None], replacement, answers)
 
-    def nearest(self, query: Query) -> Tensor:
+    def nearest(self, call: Call) -> Tensor:
         """The largest (cos + 1) / 2 of each query (B,) to an earlier one of the account, -inf to none."""
-        if query.account not in self._seen:
-            self._seen[query.account] = Memory(self.poison_memory)
-        similarity = 1 - self._seen[query.account].nearest(query.projections) / 2
-        self._scores[query.account].append(similarity)
+        if call.account not in self._seen:
+            self._seen[call.account] = Memory(self.poison_memory)
+        similarity = 1 - self._seen[call.account].nearest(call.projections) / 2
+        self._scores[call.account].append(similarity)
         return similarity
 
     def scores(self, account: str = "default") -> Tensor:

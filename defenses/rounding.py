@@ -4,17 +4,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
+from defenses.base import Call, Defence, setting
 
 
 @dataclass
 class Rounding(Defence):
     """Rounds every number of an answer to so many decimals (a baseline of StolenEncoder, Cont-Steal and RDA)."""
 
-    decimals: int = setting(1, "decimals that rounding leaves")
+    decimals: int = setting(1, "decimals that rounding leaves", at_least=0, at_most=6)
 
-    def __post_init__(self):
-        self.require(0 <= self.decimals <= 6, "decimals", "from 0 to 6")
-
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
         return answers.round(decimals=self.decimals)

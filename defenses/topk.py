@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
+from defenses.base import Call, Defence, setting
 from utils import UserError
 
 
@@ -13,16 +13,13 @@ from utils import UserError
 class TopK(Defence):
     """Keeps the k numbers of largest magnitude of an answer, the rest is zero (StolenEncoder, Liu et al., CCS 2022)."""
 
-    top_k: int = setting(64, "numbers of an answer that topk leaves")
-
-    def __post_init__(self):
-        self.require(self.top_k >= 1, "top_k", "1 or more")
+    top_k: int = setting(64, "numbers of an answer that topk leaves", at_least=1)
 
     def width(self, dim: int) -> int:
         if self.top_k > dim:
             raise UserError(f"--top-k {self.top_k} is more than the {dim} numbers of an answer: give {dim} or less")
         return dim
 
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
         kept = answers.abs().topk(self.top_k, dim=1).indices
         return torch.zeros_like(answers).scatter_(1, kept, answers.gather(1, kept))

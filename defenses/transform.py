@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
-from utils import UserError, generator
+from defenses.base import Call, Defence, setting
+from utils import generator
 
 Map = Callable[[Tensor], Tensor]
 PADDING = 0.25  # share of an answer's width that `pad-shuffle` adds
@@ -67,18 +67,16 @@ class Transform(Defence):
     binary as B4B has them. After `buckets` in the list it completes that defence.
     """
 
-    transform: str = setting("orthogonal", "the map of an account's own that transform applies", tuple(KINDS))
+    transform: str = setting(
+        "orthogonal", "the map that transform applies, a different one for each account", choices=KINDS
+    )
     _maps: dict[str, Map] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self):
-        if self.transform not in KINDS:
-            raise UserError(f"--transform {self.transform} is unknown: choose from {', '.join(KINDS)}")
 
     def width(self, dim: int) -> int:
         return dim + _padding(dim) if self.transform == "pad-shuffle" else dim
 
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
-        if query.account not in self._maps:
-            draws = generator(self.secret, f"transform/{query.account}")
-            self._maps[query.account] = KINDS[self.transform](answers.shape[1], draws)
-        return self._maps[query.account](answers)
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
+        if call.account not in self._maps:
+            draws = generator(self.secret, f"transform/{call.account}")
+            self._maps[call.account] = KINDS[self.transform](answers.shape[1], draws)
+        return self._maps[call.account](answers)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from defenses.base import Defence, Query, setting
+from defenses.base import Call, Defence, setting
 from utils import UserError
 
 
@@ -12,15 +12,12 @@ from utils import UserError
 class Truncate(Defence):
     """Answers the first so many dimensions only: answers get narrower."""
 
-    dimensions: int = setting(128, "dimensions of an answer that truncate sells")
-
-    def __post_init__(self):
-        self.require(self.dimensions >= 1, "dimensions", "1 or more")
+    dimensions: int = setting(128, "dimensions of an answer that truncate leaves", at_least=1)
 
     def width(self, dim: int) -> int:
         if self.dimensions > dim:
             raise UserError(f"--dimensions {self.dimensions} is more than the {dim} of an answer: give {dim} or less")
         return self.dimensions
 
-    def __call__(self, answers: Tensor, query: Query) -> Tensor:
+    def __call__(self, answers: Tensor, call: Call) -> Tensor:
         return answers[:, : self.dimensions]

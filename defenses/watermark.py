@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_aug.augment import rotate
-from distributed import Part
 from models import SimCLREncoder
 from models.checkpoint import load_checked
 from utils import Precision, UserError, generator
@@ -24,7 +23,7 @@ class WatermarkMLP(nn.Module):
     The parameters' names are those of the 2022 code.
     """
 
-    kept_as = "watermark_state_dict"  # its key in a victim's checkpoint
+    checkpoint_key = "watermark_state_dict"
 
     def __init__(self, dim: int):
         super().__init__()
@@ -34,16 +33,19 @@ class WatermarkMLP(nn.Module):
         return self.output(F.relu(self.hidden(F.relu(self.input(h)))))
 
 
-def half_turns(images: Tensor, draws: torch.Generator, part: Part | None = None) -> tuple[Tensor, Tensor]:
-    """Each of the uint8 images (B, 3, H, W) turned by 0-180 and by 180-360 degrees, and which half that was.
+def draw_turns(count: int, draws: torch.Generator) -> Tensor:
+    """Angles in degrees (2 * count,) on the CPU: for each image from 0 to 180, then for each from 180 to 360."""
+    half = torch.arange(2).repeat_interleave(count)
+    return 180 * (half + torch.rand(len(half), generator=draws))
 
-    -> float (2 B, 3, H, W) in [0, 1], all first halves first, and labels (2 B,) of 0 and 1. Angles are drawn on the
-    CPU, one for each turned image. With `part` only that part of the images is turned; the labels are all.
+
+def half_turns(images: Tensor, degrees: Tensor) -> tuple[Tensor, Tensor]:
+    """The uint8 images (B, 3, H, W), each turned by the first and by the second of its angles of `draw_turns` (2 * B,).
+
+    Returns float (2 * B, 3, H, W) in [0, 1], all first halves first, and labels (2 * B,) of 0 and 1.
     """
-    half = torch.arange(2).repeat_interleave(len(images))
-    degrees = 180 * (half + torch.rand(len(half), generator=draws))
-    rows, own = (part.rows, part.own) if part else (slice(None), slice(None))
-    return rotate(images.repeat(2, 1, 1, 1)[own], degrees[rows]), half.to(images.device)
+    half = torch.arange(2, device=images.device).repeat_interleave(len(images))
+    return rotate(images.repeat(2, 1, 1, 1), degrees), half
 
 
 def read_watermark(checkpoint: Mapping, source: str) -> WatermarkMLP:
@@ -51,7 +53,7 @@ def read_watermark(checkpoint: Mapping, source: str) -> WatermarkMLP:
 
     The 2022 code's older files call it `mlp_state_dict`.
     """
-    state = checkpoint.get(WatermarkMLP.kept_as, checkpoint.get("mlp_state_dict"))
+    state = checkpoint.get(WatermarkMLP.checkpoint_key, checkpoint.get("mlp_state_dict"))
     if state is None:
         raise UserError(f"{source} holds no watermark's MLP: train a victim by run.py --watermark True")
     if "input.weight" not in state:
@@ -76,16 +78,16 @@ def watermark_scores(
 ) -> tuple[Tensor, Tensor]:
     """How well the MLP reads an encoder in eval mode on uint8 images (N, 3, H, W), each turned twice.
 
-    -> whether its answer was right, bool (2 N,), and the probability that it gave to the right one, (2 N,); on the CPU,
-    all first halves first. The same seed turns the images by the same angles, whatever the encoder.
-    UserError when the MLP is for another width.
+    Returns whether its answer was right, bool (2 * N,), and the probability that it gave the right half, (2 * N,), on
+    the CPU, all first halves first. The same seed turns the images by the same angles, whatever the encoder. UserError
+    when the MLP reads representations of another width.
     """
     check_width(mlp, encoder)
     encoder, mlp = encoder.to(precision.device).eval(), mlp.to(precision.device)
     draws = generator(seed, "watermark test")
     given = []
     for part in images.split(500):
-        turned, half = half_turns(part.to(precision.device), draws)
+        turned, half = half_turns(part.to(precision.device), draw_turns(len(part), draws).to(precision.device))
         with precision.autocast():
             h = encoder(turned.contiguous(memory_format=precision.memory_format)).float()
         given.append(mlp(h).softmax(dim=1).gather(1, half[:, None]).view(2, -1).cpu())

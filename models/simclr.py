@@ -1,6 +1,6 @@
 """The SimCLR model: a backbone, and a projection head that lives in `backbone.fc` as in the 2022 code."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.resnet import ResNet, resnet10w32, resnet18, resnet34, resnet50, resnet101
+from utils import UserError
 
 # A new architecture is one row here.
 ARCHITECTURES = {
@@ -26,6 +27,27 @@ ARCHITECTURES = {
     "resnet34-norelu": partial(resnet34, "norelu"),
     "resnet50-norelu": partial(resnet50, "norelu"),
 }
+
+# Architectures with the stem of ImageNet, as the scripts of ImageNet scale call them.
+LARGE = [name.removesuffix("-imagenet") for name in ARCHITECTURES if name.endswith("-imagenet")]
+
+USUAL = "resnet10w32, resnet18, resnet34 or resnet50 (`help` lists all)"
+
+
+def arch_name(text: str, names: Collection[str] = tuple(ARCHITECTURES)) -> str:
+    """The name itself if it is an architecture; `help` prints all names and exits. UserError for another text."""
+    if text == "help":
+        print(*names, sep="\n")
+        raise SystemExit(0)
+    if text not in names:
+        raise UserError(f"unknown architecture {text!r}: choose from {', '.join(names)}")
+    return text
+
+
+def large_arch_name(text: str) -> str:
+    """As `arch_name`, of those with the stem of ImageNet."""
+    return arch_name(text, LARGE)
+
 
 Normalize = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
 

@@ -10,7 +10,7 @@ class SimSiamHeads(nn.Module):
     a BatchNorm, the last of which is not affine; the predictor takes these to (B, dim) by two layers.
     """
 
-    kept_as = "companion"  # their key in a copy's checkpoint
+    checkpoint_key = "companion"
 
     def __init__(self, width: int, dim: int = 512):
         super().__init__()

@@ -29,7 +29,7 @@ class Applied(Defence):
         super().__init__()
         self.function, self.seen = function, 0
 
-    def __call__(self, answers, query):
+    def __call__(self, answers, call):
         self.seen += len(answers)
         return self.function(answers)
 
@@ -121,6 +121,12 @@ def write_simsiam(path, headed=None):
     torch.save({**rest, "state_dict": state}, path)
 
 
+def made(out):
+    """The checkpoint that a script says it made, in the last line of that kind that it printed."""
+    line = next(line for line in reversed(out.splitlines()) if line.startswith(("copy: ", "victim: ")))
+    return str(Path(line.split(": ", 1)[1]).absolute())
+
+
 def call_main(module, data, folder, *arguments):
     """Calls a script's main() in this process; returns the exit code. Runs go to <folder>/checkpoints."""
     line = [f"{module.__name__}.py", "-data", data, "--checkpoint-dir", folder / "checkpoints", *arguments]
@@ -135,7 +141,7 @@ def call_main(module, data, folder, *arguments):
 
 # Flags of what `trained` holds; the scripts' own defaults otherwise.
 SMALL = ("--arch", "resnet10w32", "--device", "cpu")
-VICTIM = ("--dataset", "cifar10", "--epochstrain", "1")
+VICTIM = ("--dataset", "cifar10", "--epochstrain", "1", "--lossvictim", "infonce", "--seed", "0")
 COPY = ("--datasetsteal", "svhn", "--epochs", "1", "--num_queries", "24")
 STEAL = (*SMALL, *VICTIM, *COPY, "--archstolen", "resnet10w32", "-b", "8")
 # A copy of a victim that is given by its file.

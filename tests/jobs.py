@@ -1,64 +1,54 @@
-"""What the processes of a test's job do: each function runs in every one of them, started by `run_job`."""
+"""What the processes of a test's job do: `run_job` starts the processes, and each function runs in all of them."""
 
-import argparse
 import os
 import signal
 import socket
+import sys
 import time
-from collections import Counter
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
 import loss
-from defenses import build_defences
-from defenses.watermark import WatermarkMLP
-from loss import STEAL_LOSSES, TRAIN_LOSSES
-from models import SimSiamHeads, build_copy, build_encoder
-from simclr import SimCLR
-from stopping import script
-from training import Training
-from utils import Precision, Run, UserError, seeded
-from victim import Victim, image_digests
-
-FLAGS = argparse.Namespace(multiprocessing_distributed=False, world_size=-1, rank=-1, dist_url=None, dist_backend=None)
+from jobs.ending import script
+from jobs.exchange import any_of, gather, parallel, processes, share, whole_batch
+from jobs.place import Processes, set_up_job
+from utils import UserError, seeded
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def run_job(processes: int, work, *arguments, timeout: float = 300) -> list[int]:
-    """Runs `work(*arguments)` in so many processes that form a job; their exit codes. Fails when one doesn't end."""
+def run_job(count: int, work, *arguments, timeout: float = 300) -> list[int]:
+    """Runs `work(*arguments)` in `count` processes that form a job; returns their exit codes. Fails if any hangs."""
     context = torch.multiprocessing.get_context("spawn")
     port = free_port()
-    started = [
-        context.Process(target=_enter, args=(rank, processes, port, work, arguments)) for rank in range(processes)
-    ]
-    for one in started:
-        one.start()
+    started = [context.Process(target=_enter, args=(rank, count, port, work, arguments)) for rank in range(count)]
+    for process in started:
+        process.start()
     deadline = time.monotonic() + timeout
-    for one in started:
-        one.join(max(0.1, deadline - time.monotonic()))
-    alive = [one for one in started if one.is_alive()]
-    for one in alive:
-        one.kill()
-    assert not alive, f"{len(alive)} of {processes} processes hang"
-    return [one.exitcode for one in started]
+    for process in started:
+        process.join(max(0.1, deadline - time.monotonic()))
+    alive = [process for process in started if process.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive, f"{len(alive)} of {count} processes hang"
+    return [process.exitcode for process in started]
 
 
-def _enter(rank: int, processes: int, port: int, work, arguments) -> None:
-    place = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
+def _enter(rank: int, count: int, port: int, work, arguments) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
     def main() -> None:
-        distributed.set_up(FLAGS)
+        set_up_job(Processes())
         torch.set_num_threads(1)
         work(*arguments)
 
@@ -81,11 +71,17 @@ COMPARING = {
     "barlow": (lambda a, b, labels: loss.barlow_stealing(a, b), 1),
     "contsteal": (lambda a, b, labels: loss.contsteal(a, b, views=2), 2),
     "rda": (lambda a, b, labels: loss.rda(a, b, views=2), 2),
-    # These compare rows of one image only.
+    # These compare rows of the same image only.
     "mse": (lambda a, b, labels: loss.mse(a, b), 1),
     "symmetrized": (lambda a, b, labels: loss.symmetrized(a, b, views=2), 2),
     "stolenencoder": (lambda a, b, labels: loss.stolenencoder(a, b, views=3), 3),
 }
+
+
+def local_rows(images: int, views: int) -> Tensor:
+    """This process's rows, view-major, of a batch of `images` with `views` rows each."""
+    local = torch.arange(images)[share(images)]
+    return torch.cat([local + view * images for view in range(views)])
 
 
 def compare_losses() -> dict[str, tuple[Tensor, Tensor]]:
@@ -99,21 +95,21 @@ def compare_losses() -> dict[str, tuple[Tensor, Tensor]]:
         with torch.no_grad():
             layer.weight.copy_(torch.randn(WIDTH, WIDTH, generator=draws))
             layer.bias.zero_()
-        call = distributed.parallel(layer)
-        own = inputs[distributed.Part.of(IMAGES, views, torch.device("cpu")).own]
-        features = distributed.whole_batch(call(layer, own), views)
+        call = parallel(layer)
+        local = inputs[local_rows(IMAGES, views)]
+        features = whole_batch(call(layer, local), views)
         value = function(features, answers, labels)
-        (value * distributed.processes()).backward()
+        (value * processes()).backward()
         found[name] = value.detach(), torch.cat([layer.weight.grad.flatten(), layer.bias.grad])
     return found
 
 
 def cross_correlation() -> Tensor:
-    """Barlow Twins' matrix (D, D) of two views, each process having its part of them."""
+    """Barlow Twins' matrix (D, D) of two views, each process having its share of them."""
     rows = torch.randn(2 * IMAGES, WIDTH, generator=torch.Generator().manual_seed(5))
-    own = rows[distributed.Part.of(IMAGES, 2, torch.device("cpu")).own]
-    a, b = distributed.whole_batch(own, 2).chunk(2)
-    a, b = (F.batch_norm(one, None, None, training=True) for one in (a, b))
+    local = rows[local_rows(IMAGES, 2)]
+    a, b = whole_batch(local, 2).chunk(2)
+    a, b = (F.batch_norm(view, None, None, training=True) for view in (a, b))
     return a.T @ b / IMAGES
 
 
@@ -125,11 +121,11 @@ def batch_norm() -> dict[str, Tensor]:
         net = nn.Sequential(
             nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 4), nn.BatchNorm1d(4)
         )
-    call = distributed.parallel(net)
-    own = images[distributed.share(IMAGES)].requires_grad_()
-    out = distributed.whole_batch(call(net, own))
-    (out.pow(3).mean() * distributed.processes()).backward()
-    found = {"out": out.detach(), "images": distributed.gather(own.grad, IMAGES) / distributed.processes()}
+    call = parallel(net)
+    local = images[share(IMAGES)].requires_grad_()
+    out = whole_batch(call(net, local))
+    (out.pow(3).mean() * processes()).backward()
+    found = {"out": out.detach(), "images": gather(local.grad, IMAGES) / processes()}
     found |= {f"grad {name}": value.grad for name, value in net.named_parameters()}
     found |= {name: value for name, value in net.state_dict().items() if "running" in name or "tracked" in name}
     return found
@@ -138,91 +134,15 @@ def batch_norm() -> dict[str, Tensor]:
 def numbers(path) -> None:
     """All of the above, written by the first process."""
     found = {"losses": compare_losses(), "correlation": cross_correlation(), "batch norm": batch_norm()}
-    found["uneven"] = distributed.gather(torch.arange(7)[distributed.share(7)][:, None], 7)
-    found["any"] = [distributed.any_of(False), distributed.any_of(distributed.share(4).start == 0)]
-    if distributed.share(2).start == 0:
+    found["uneven"] = {}
+    for total in (0, 1, 3, 7):  # fewer rows than processes, too
+        local = torch.arange(total)[share(total)][:, None]
+        found["uneven"][total] = [gather(local, total)]
+        with pytest.raises(ValueError, match=r"are not this process's share"):
+            gather(torch.zeros(len(local) + 1, 1), total)
+    found["any"] = [any_of(False), any_of(share(4).start == 0)]
+    if share(2).start == 0:
         torch.save(found, path)
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
-
-STEPS = 3
-
-
-def training(folder, **values) -> tuple:
-    """What SimCLR takes after its loss, for three steps."""
-    defaults = {"epochs": 1, "batch_size": 8, "lr": 0.05, "weight_decay": 1e-4, "optimizer": "sgd", "flat_epochs": 0}
-    cpu = Precision("fp32", torch.device("cpu"))
-    return Training(**{**defaults, **values}), Run(folder), cpu
-
-
-def pictures() -> Tensor:
-    return torch.randint(0, 256, (8 * STEPS, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-
-
-def new_encoder(head: str = "mlp-bn"):
-    with seeded(3):
-        return build_encoder("resnet10w32", 16, head=head)
-
-
-class Counting(Victim):
-    """A victim that counts the images that its encoder answers in this process."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.own = Counter()
-        encoder = self._service.encoder
-        encoder.register_forward_pre_hook(lambda module, inputs: self.own.update(image_digests(inputs[0])))
-
-
-def train_all(folder) -> None:
-    """Train by the trainer's jobs, with everything that draws or exchanges; weights go to the folder.
-
-    In float64: the batch norms of so small batches magnify float32's rounding so that it would hide small errors.
-    """
-    torch.set_default_dtype(torch.float64)
-    Tensor.float = Tensor.double
-    train_victims(folder)
-    steal_copies(folder)
-
-
-def train_victims(folder) -> None:
-    images, labels = pictures(), torch.arange(8 * STEPS) % 4
-    for name in ("infonce", "softnn", "supcon", "barlow", "supervised"):
-        views = TRAIN_LOSSES[name].min_views
-        rest = training(folder / f"victim-{name}", n_views=views, temperature=0.5)
-        with seeded(4):
-            mark = WatermarkMLP(256) if name == "infonce" else None
-        SimCLR(new_encoder(), TRAIN_LOSSES[name], *rest, companion=mark).train(images, labels)
-
-
-def steal_copies(folder) -> None:
-    images = pictures()
-    ways = {
-        "infonce": {},
-        "contsteal": {"n_views": 1, "queryaug": True, "useaug": True},
-        "symmetrized": {"n_views": 2},
-        "rda": {"n_views": 3, "prototype": True, "useaug": True, "copy_views": 2},
-    }
-    for name, values in ways.items():
-        rest = training(folder / f"copy-{name}", temperature=0.5, **values)
-        with seeded(5):
-            copy = build_copy("resnet10w32", 256)
-            heads = SimSiamHeads(256, 32) if STEAL_LOSSES[name].predictor else None
-        budget = values.get("n_views", 1) * len(images)
-        victim = Counting(new_encoder("mlp"), budget, build_defences(["buckets", "rounding"], {}))
-        SimCLR(copy, STEAL_LOSSES[name], *rest, companion=heads).steal(images, victim)
-        torch.save(
-            {"own": [*victim.own], "times": [*victim.own.values()], "queries": victim.ledger.queries},
-            folder / f"asked-{name}-{dist.get_rank() if dist.is_initialized() else 0}.pt",
-        )
-
-
-def overspend(folder) -> None:
-    """Ask for one image more than the budget, some of it in batches that end unevenly."""
-    victim = Victim(new_encoder("mlp"), budget=8 * STEPS - 1)
-    rest = training(folder / "over")
-    SimCLR(build_copy("resnet10w32", 256), STEAL_LOSSES["mse"], *rest).steal(pictures(), victim)
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------
@@ -237,7 +157,7 @@ def fail_in_one(rank: int, how: str) -> None:
             raise ZeroDivisionError("bees")
         os.kill(os.getpid(), signal.SIGKILL)
     while True:
-        distributed.gather(torch.zeros(1, 2), distributed.processes())
+        gather(torch.zeros(1, 2), processes())
 
 
 def fail_in_all() -> None:
@@ -248,3 +168,21 @@ def leave_early(rank: int) -> None:
     """One process is done long before the others."""
     if dist.get_rank() != rank:
         time.sleep(2)
+
+
+def print_to_nobody(fails: bool) -> None:
+    """Rank 0 prints to a closed pipe while rank 1 waits for it; if rank 1 `fails`, rank 0 has yet to flush its text."""
+    if dist.get_rank() == 0:
+        reading, writing = os.pipe()
+        os.close(reading)
+        # As a pipe is buffered outside of pytest.
+        os.dup2(writing, 1)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        print("a table", flush=not fails)
+    if fails and dist.get_rank() == 1:
+        time.sleep(1)
+        raise UserError("bees")
+    if fails:
+        time.sleep(600)  # busy with something else than the job
+    while True:
+        gather(torch.zeros(1, 2), processes())

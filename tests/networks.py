@@ -1,4 +1,4 @@
-"""Networks as the authors of other projects build them, for tests of their checkpoints."""
+"""Small encoders and trainers of them, and networks as the authors of other projects build them."""
 
 import copy
 import functools
@@ -10,9 +10,75 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import load_encoder
+from attacks import Attack
+from data_aug.images import Stored
+from loss import STEAL_LOSSES, TRAIN_LOSSES
+from models import SimSiamHeads, load_encoder, projection_head, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
-from utils import UserError
+from models.simclr import SimCLREncoder
+from simclr import SimCLR
+from training.recipe import Recipe
+from training.run import Run
+from utils import Precision, UserError, seeded
+
+FP32 = Precision("fp32", torch.device("cpu"))
+
+# ---- small encoders ----
+
+
+class Small(nn.Module):
+    """A backbone of two convolutions: images (B, 3, H, W) -> representations (B, dim), in a hundredth of the time."""
+
+    def __init__(self, dim=32):
+        super().__init__()
+        self.dim = dim
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 4, stride=4, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, dim, 3, stride=2, bias=False), nn.BatchNorm2d(dim)
+        self.fc = nn.Identity()
+
+    def represent(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x))).mean(dim=(2, 3))
+
+
+def small_encoder(out_dim=None, seed=1, dim=32):
+    """An untrained encoder with the backbone `Small`; no checkpoint of it is read back as an encoder."""
+    with seeded(seed):
+        return SimCLREncoder(Small(dim), "small", projection_head(dim, out_dim) if out_dim else None)
+
+
+def trainer(folder, model=None, losstype="infonce", resume=False, precision=FP32, **values):
+    """A trainer for the encoder with a head that is given, or for a small copy without one, of two epochs of batches
+    of 4; `values` are of the recipe."""
+    loss = (TRAIN_LOSSES if model is not None and model.has_head else STEAL_LOSSES)[losstype]
+    model = model or small_encoder()
+    with seeded(0):
+        companion = SimSiamHeads(model.output_dim, 32) if loss.predictor else None
+    recipe = Recipe(**{"epochs": 2, "batch_size": 4, **values})
+    return SimCLR(model, loss, recipe, Run(folder, precision, {"kind": "stolen"}, resume), companion)
+
+
+def steal(job, images, victim, labels=None, **values):
+    """Lets a trainer steal with images in memory; `values` are of the attack."""
+    values = {"n_views": job.loss.min_views, "plain_first": job.loss.plain_first, **values}
+    job.steal(Stored(images), victim, Attack(**values), labels)
+
+
+def weights(folder):
+    return read_checkpoint(folder / "checkpoint.pth.tar")["state_dict"]
+
+
+def losses(folder):
+    """The loss of each epoch that a run has finished."""
+    return [line["loss"] for line in Run(folder, FP32).lines()]
+
+
+def same(a, b):
+    """Whether two state dictionaries are bit-identical."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- other projects' ----
 
 
 def randomise(network):

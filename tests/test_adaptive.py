@@ -1,30 +1,36 @@
-"""Attackers who adapt, against the defences that they are meant for; the victim is trained on the embedded shapes."""
+"""Attackers who adapt, against the defences that they are meant for."""
 
 import pytest
 import torch
 
-import run
 import steal
-from adaptive import Asker, Bought, align, ask_as_sybils, ask_within, buy, denoise, replaced, restore, restored
-from attacks import Plan
+from attacks import Attack
+from attacks.adaptive import align, ask_as_sybils, ask_within, denoise, replaced, restore, restore_answers
+from attacks.answers import Answers
+from attacks.buy import buy
+from attacks.client import Client
 from data_aug.datasets import load_dataset
-from defenses import DEFENCES, build_defences
+from data_aug.images import Stored
+from defenses import DEFENCES
 from evaluation import linear_cka, represent
-from models import build_encoder, load_encoder, read_checkpoint
-from tests.conftest import SMALL, STEAL, call_main
-from utils import generator, seeded
-from victim import Purchases, Victim, image_digests
+from models import read_checkpoint
+from tests.conftest import STEAL, made
+from tests.networks import small_encoder
+from utils import generator
+from victim import Victim, image_digests
 
 QUERIES = 600
+INDEX = torch.arange(QUERIES)
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A victim of some 20 seconds: 1,500 shapes, 3 epochs."""
-    folder = tmp_path_factory.mktemp("shapes")
-    line = ("--dataset", "shapes", "--num-train", "1500", "--epochs", "3", "-b", "64", "--lr", "0.002", *SMALL)
-    assert call_main(run, folder, folder, *line) == 0
-    return load_encoder(next(folder.rglob("checkpoint.pth.tar")))
+def encoder():
+    """A victim whose batch norms have seen the shapes, so that its answers tell them apart."""
+    encoder = small_encoder(16, seed=0, dim=256).train()
+    with torch.no_grad():
+        for batch in load_dataset("shapes", split="train")[0][:1500].split(100):
+            encoder(batch / 255)
+    return encoder.eval()
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +48,14 @@ def draws():
     return generator(0, "test")
 
 
-def purchases(encoder, names="", **settings):
-    """An attacker's way to a victim with these defences."""
-    defences = build_defences(names.split(","), settings) if names else []
-    return Purchases(Victim(encoder, defences=defences))
+def client_of(encoder, name=None, repeat=1, **settings):
+    """An attacker's way to a victim with this defence."""
+    defences = [DEFENCES[name](**settings)] if name else []
+    return Client(Victim(encoder, defences=defences), repeat=repeat)
+
+
+def ask(client, images, account="default"):
+    return client.ask(Stored(images), torch.arange(len(images)), account)
 
 
 def error(answers, clean):
@@ -56,28 +66,26 @@ def error(answers, clean):
 
 
 def test_asking_again_averages_fresh_noise_away_and_is_paid_for(encoder, images, clean):
-    of = torch.arange(QUERIES)
     errors = {}
     for repeat in (1, 8):
-        bought = purchases(encoder, "noise", mu=0.0, sigma=0.5)
-        errors[repeat] = error(Asker(bought, repeat).ask(images, of), clean)
-        assert bought.victim.ledger.queries == repeat * QUERIES
-        assert bought.victim.ledger.distinct == QUERIES
+        client = client_of(encoder, "noise", repeat, mu=0.0, sigma=0.5)
+        errors[repeat] = error(ask(client, images), clean)
+        assert client.victim.ledger.queries == repeat * QUERIES
+        assert client.victim.ledger.distinct == QUERIES
     assert errors[8] == pytest.approx(errors[1] / 8, rel=0.05)
 
 
 def test_asking_again_gains_nothing_against_consistent_noise(encoder, images, clean):
-    of = torch.arange(QUERIES)
-    asker = Asker(purchases(encoder, "noise", mu=0.0, sigma=0.5, consistent_noise=True), 8)
-    assert error(asker.ask(images, of), clean) == pytest.approx(0.25, rel=0.05)
-    assert asker.sources["default"].tolist() == list(range(QUERIES)) * 8
+    client = client_of(encoder, "noise", 8, mu=0.0, sigma=0.5, consistent_noise=True)
+    assert error(ask(client, images), clean) == pytest.approx(0.25, rel=0.05)
+    assert client.sources["default"].tolist() == list(range(QUERIES)) * 8
 
 
 # ---- answers undone ----
 
 
 @pytest.mark.parametrize(
-    ("names", "settings", "gain"),
+    ("name", "settings", "gain"),
     [
         ("rounding", {"decimals": 0}, 2),
         ("topk", {"top_k": 64}, 3),
@@ -86,11 +94,11 @@ def test_asking_again_gains_nothing_against_consistent_noise(encoder, images, cl
         ("noise", {"mu": 5.0, "sigma": 0.5}, 100),
     ],
 )
-def test_restored_answers_are_closer_to_the_truth(names, settings, gain, encoder, images, clean):
-    answers = purchases(encoder, names, **settings).ask(images)
+def test_restored_answers_are_closer_to_the_truth(name, settings, gain, encoder, images, clean):
+    answers = ask(client_of(encoder, name, **settings), images)
     better, words = restore(answers)
     assert error(better, clean) < error(answers, clean) / gain
-    assert names[:3] in words.replace("-", "")
+    assert name[:3] in words.replace("-", "")
 
 
 def test_undefended_answers_are_left_alone(clean):
@@ -120,24 +128,30 @@ def test_replaced_answers_are_seen_by_their_magnitude():
 
 
 def test_images_keep_their_good_answers_and_those_without_one_go():
-    answers = torch.rand(8, 4) + 1  # four images, two views
-    answers[[1, 4, 5]] = 1000.0  # view 0 of image 1, view 1 of images 0 and 1
-    answers[0, 0] = 0.0  # a ReLU's
-    sent = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
-    held = restored(Bought(torch.tensor([10, 11, 12, 13]), sent, answers, {}))
-    assert held.index.tolist() == [10, 12, 13]
-    assert held.sent[:, 0, 0, 0].tolist() == [0, 2, 3, 4, 6, 7]
-    expected = answers[[0, 2, 3, 0, 6, 7]]  # image 0's second view takes the first one's answer
-    torch.testing.assert_close(held.answers, expected)
-    assert "3 of 8 answers were replaced, 1 images lost" in held.found[0]
+    rows = torch.rand(8, 4) + 1  # four images, two views
+    rows[[1, 4, 5]] = 1000.0  # view 0 of image 1, view 1 of images 0 and 1
+    rows[0, 0] = 0.0  # a ReLU's
+    numbers = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    attack = Attack(n_views=2)
+    bought = Answers(torch.tensor([10, 11, 12, 13]), Stored(numbers[8:]), Stored(numbers[:8]), rows, attack)
+    left = restore_answers(bought)
+    assert left.index.tolist() == [10, 12, 13]
+    assert left.images.tensor[:, 0, 0, 0].tolist() == [8, 10, 11]
+    assert left.sent.tensor[:, 0, 0, 0].tolist() == [0, 2, 3, 4, 6, 7]
+    expected = rows[[0, 2, 3, 0, 6, 7]]  # image 0's second view takes the first one's answer
+    torch.testing.assert_close(left.rows, expected)
+    assert "3 of 8 answers were replaced, 1 images lost" in left.findings[0]
+    assert left.attack is attack
 
 
 def test_an_attacker_who_restores_beats_poisoning(encoder, images, clean):
     """What is left after throwing replaced answers away is the truth."""
-    bought = purchases(encoder, "poisoning", poison_threshold=0.99)
-    held = buy(bought, images, Plan(restore=True), generator(0, "t"), lambda: None)
-    assert 0 < len(held.index) < QUERIES
-    torch.testing.assert_close(held.answers, clean[held.index], rtol=1e-3, atol=1e-3)
+    client = client_of(encoder, "poisoning", poison_threshold=0.99)
+    left = buy(client, Stored(images), Attack(restore=True), QUERIES, generator(0, "t"))
+    assert 0 < len(left) < QUERIES
+    torch.testing.assert_close(left.rows, clean[left.index], rtol=1e-3, atol=1e-3)
+    assert torch.equal(left.images.tensor, images[left.index])
+    assert client.victim.ledger.queries == len(left.sources["default"]) == QUERIES
 
 
 # ---- several accounts ----
@@ -146,15 +160,14 @@ def test_an_attacker_who_restores_beats_poisoning(encoder, images, clean):
 @pytest.mark.parametrize("kind", ["orthogonal", "scale-shuffle", "pad-shuffle"])
 def test_sybils_answers_are_aligned(kind, encoder, images, clean):
     """In one account's coordinates they say of the images what the victim does; without the map they don't."""
-    of = torch.arange(QUERIES)
-    asker = Asker(purchases(encoder, "transform", transform=kind))
-    answers, found = ask_as_sybils(asker, images, of, sybils=3, shared=150)
-    assert asker.purchases.victim.ledger.queries == QUERIES + 2 * 150
-    assert list(asker.purchases.victim.ledger.accounts) == ["sybil-1", "sybil-2", "sybil-3"]
+    client = client_of(encoder, "transform", transform=kind)
+    answers, found = ask_as_sybils(client, Stored(images), INDEX, sybils=3, shared=150)
+    assert client.victim.ledger.queries == QUERIES + 2 * 150
+    assert list(client.victim.ledger.accounts) == ["sybil-1", "sybil-2", "sybil-3"]
     assert len(found) == 2
-    other = purchases(encoder, "transform", transform=kind)
-    mixed = torch.cat([other.ask(part, f"sybil-{i + 1}") for i, part in enumerate(images.chunk(3))])
-    whole = purchases(encoder, "transform", transform=kind).ask(images, "sybil-1")
+    other = client_of(encoder, "transform", transform=kind)
+    mixed = torch.cat([ask(other, part, f"sybil-{i + 1}") for i, part in enumerate(images.chunk(3))])
+    whole = ask(client_of(encoder, "transform", transform=kind), images, "sybil-1")
     assert linear_cka(answers, clean) > 0.9 > linear_cka(mixed, clean)
     assert error(answers, whole) < 0.1 * error(mixed, whole)
 
@@ -162,11 +175,20 @@ def test_sybils_answers_are_aligned(kind, encoder, images, clean):
 def test_sybils_each_stay_below_a_coverage_that_one_account_reaches(encoder, images):
     """Buckets' noise follows an account's own queries."""
     settings = {"bucket_bits": 8, "bucket_beta": 20.0}
-    alone, several = (purchases(encoder, "buckets", **settings) for _ in range(2))
-    alone.ask(images)
-    ask_as_sybils(Asker(several), images, torch.arange(QUERIES), sybils=6, shared=20)
+    alone, several = (client_of(encoder, "buckets", **settings) for _ in range(2))
+    ask(alone, images)
+    ask_as_sybils(several, Stored(images), INDEX, sybils=6, shared=20)
     (one,), (many,) = alone.victim.defences, several.victim.defences
     assert max(many.coverage(f"sybil-{i + 1}") for i in range(6)) < one.coverage()
+
+
+def test_sybils_share_their_first_queries(encoder, images):
+    """Which image each query of an account was of: the shared ones first, then the account's part of the others."""
+    client = client_of(encoder)
+    sources = torch.arange(20).repeat(2)  # two views of each image
+    ask_as_sybils(client, Stored(images[:20].repeat(2, 1, 1, 1)), sources, sybils=2, shared=6)
+    assert client.sources["sybil-1"].tolist() == [*range(6), *sources[6:23].tolist()]
+    assert client.sources["sybil-2"].tolist() == [*range(6), *sources[23:].tolist()]
 
 
 def test_alignment_finds_an_affine_map_and_says_what_it_misses():
@@ -187,40 +209,51 @@ def test_an_attacker_who_avoids_buckets_gets_less_noise(encoder):
     """As many queries: a lower coverage in the owner's table and answers closer to the truth; means of three owners."""
     pool = load_dataset("shapes", split="test")[0][:2000]
     truth = represent(encoder, pool)
-    with seeded(1):
-        features = represent(build_encoder("resnet10w32"), pool)
+    features = represent(small_encoder(seed=1, dim=256), pool)
     coverage, errors = {"plain": 0.0, "careful": 0.0}, {"plain": 0.0, "careful": 0.0}
     for secret in range(3):
         for name in coverage:
-            defences = build_defences(["buckets"], {"bucket_beta": 2.0}, secret)
-            bought = Purchases(Victim(encoder, defences=defences))
+            client = client_of(encoder, "buckets", secret=secret, bucket_beta=2.0)
             if name == "plain":
-                index, answers = torch.arange(QUERIES), bought.ask(pool[:QUERIES])
+                index, answers = INDEX, ask(client, pool[:QUERIES])
             else:
-                index, answers, _ = ask_within(Asker(bought), pool, features, QUERIES, 100.0, generator(secret, "t"))
+                draws = generator(secret, "t")
+                index, answers, _ = ask_within(client, Stored(pool), features, QUERIES, 100.0, draws)
             assert len(index.unique()) == len(index) == QUERIES
-            coverage[name] += defences[0].coverage() / 3
+            coverage[name] += client.victim.defences[0].coverage() / 3
             errors[name] += error(answers, truth[index]) / 3
     assert coverage["careful"] < 0.9 * coverage["plain"]
     assert errors["careful"] < 0.9 * errors["plain"]
 
 
 def test_it_stops_when_its_own_table_is_full_enough(encoder, images, draws):
-    asker = Asker(purchases(encoder))
+    client = client_of(encoder)
     features = torch.rand(QUERIES, 5, generator=draws)
-    index, answers, words = ask_within(asker, images, features, 500, 0.5, draws)
+    index, answers, words = ask_within(client, Stored(images), features, 500, 0.5, draws)
     assert 50 <= len(index) < 500
-    assert len(answers) == len(index) == asker.purchases.victim.ledger.queries
+    assert len(answers) == len(index) == client.victim.ledger.queries
+    assert torch.equal(client.sources["default"], index)
     assert f"{len(index)} of 500 images asked" in words
-    asked = {digest for account in asker.purchases.victim.ledger.accounts.values() for digest in account.images}
+    asked = {digest for account in client.victim.ledger.accounts.values() for digest in account.images}
     assert asked == set(image_digests(images[index]))
+
+
+def test_what_a_choosy_attacker_bought_is_of_the_images_that_it_chose(encoder, images, clean, draws):
+    """Position, pixels and answer of each belong together, and no more are asked than it may."""
+    attack = Attack(max_coverage=100.0)
+    bought = buy(client_of(encoder), Stored(images), attack, 90, draws, lambda: clean)
+    assert len(bought) == len(bought.rows) == len(bought.index.unique()) == 90
+    assert torch.equal(bought.images.tensor, images[bought.index])
+    assert bought.sent is bought.images
+    torch.testing.assert_close(bought.rows, clean[bought.index], rtol=1e-4, atol=1e-5)
+    assert sorted(bought.index.tolist()) != list(range(90))
 
 
 # ---- through the script ----
 
 
 def copy_of(out):
-    return read_checkpoint(out.splitlines()[-1].removeprefix("copy: "))
+    return read_checkpoint(made(out))
 
 
 @pytest.mark.parametrize(
@@ -276,8 +309,11 @@ def test_what_cannot_be_asked_is_refused(refused, trained):
     assert "--shared has no effect without --sybils" in refused(steal, *STEAL, "--shared", "20")
 
 
-def test_every_defence_is_met_by_a_plan(encoder, images):
+def test_every_defence_is_met_by_every_way_of_asking(encoder, images):
     """Nothing of an adaptive attacker depends on which defence answers."""
+    settings = {"truncate": {"dimensions": 40}}
     for name in DEFENCES:
-        held = buy(purchases(encoder, name), images[:40], Plan(repeat=2), generator(0, "t"), lambda: None)
-        assert held.answers.shape == (40, purchases(encoder, name).victim.dim)
+        client = client_of(encoder, name, 2, **settings.get(name, {}))
+        bought = buy(client, Stored(images[:40]), Attack(repeat=2), 40, generator(0, "t"))
+        assert bought.rows.shape == (40, client.victim.dim)
+        assert bought.sources["default"].tolist() == list(range(40)) * 2

@@ -11,8 +11,17 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from data_aug import augment
-from data_aug.augment import ViewDraws, apply_views, crop_and_flip, draw_views, random_views
+from data_aug import augment, operations
+from data_aug.augment import (
+    ViewDraws,
+    apply_crops,
+    apply_views,
+    draw_crops,
+    draw_views,
+    random_views,
+    rotate,
+    rows_of,
+)
 
 CLOSE = 2 / 255
 FACTORS = (0.2, 0.5, 0.97, 1.0, 1.4, 1.8)
@@ -83,7 +92,7 @@ def test_crop_resize(height, width, size):
     images = sample_images(height, width)
     images = images[torch.arange(len(boxes)) % len(images)]
     flip = torch.arange(len(boxes)) % 3 == 1
-    found = augment.crop_resize(images, boxes, flip, size)
+    found = operations.crop_resize(images, boxes, flip, size)
     on_pil, on_floats = [], []
     for image, box, mirror in zip(images, boxes.tolist(), flip, strict=True):
         cut = TF.resized_crop(pil(image), *box, [size, size], TF.InterpolationMode.BILINEAR, antialias=True)
@@ -101,7 +110,7 @@ def test_crop_shows_nothing_from_outside():
     for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = torch.tensor([0, 100, 255])[:, None, None]
     for size in (8, 32):
-        found = augment.crop_resize(images, boxes, torch.zeros(len(boxes), dtype=torch.bool), size)
+        found = operations.crop_resize(images, boxes, torch.zeros(len(boxes), dtype=torch.bool), size)
         assert (found[:, 0] == 0).all()
         assert_close(
             found[:, 1:], torch.tensor([100, 255])[:, None, None].expand(len(boxes), 2, size, size) / 255, 1e-6
@@ -111,7 +120,7 @@ def test_crop_shows_nothing_from_outside():
 @pytest.mark.parametrize("name", ["adjust_brightness", "adjust_contrast", "adjust_saturation"])
 def test_blends(name):
     images, x = sample_images(), sample_floats()
-    ours, theirs = getattr(augment, name), getattr(TF, name)
+    ours, theirs = getattr(operations, name), getattr(TF, name)
     for factor in FACTORS:
         found = ours(x, torch.full((len(x),), factor))
         assert_close(found, [TF.to_tensor(theirs(pil(image), factor)) for image in images])
@@ -123,7 +132,7 @@ def test_hue():
     # Against tensors: on PIL, hue and saturation are quantised to 8 bits, which moves pixels by up to 1/10.
     x = sample_floats()
     for factor in HUES:
-        found = augment.adjust_hue(x, torch.full((len(x),), factor))
+        found = operations.adjust_hue(x, torch.full((len(x),), factor))
         assert_close(found, [TF.adjust_hue(image, factor) for image in x], 1e-5)
 
 
@@ -131,12 +140,12 @@ def test_hue_of_every_colour_in_a_grid():
     steps = torch.linspace(0, 1, 18)
     x = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 18, 324).contiguous()
     for factor in HUES:
-        assert_close(augment.adjust_hue(x, torch.tensor([factor])), [TF.adjust_hue(x[0], factor)], 1e-5)
+        assert_close(operations.adjust_hue(x, torch.tensor([factor])), [TF.adjust_hue(x[0], factor)], 1e-5)
 
 
 def test_grey():
     images, x = sample_images(), sample_floats()
-    found = augment.to_grey(x)
+    found = operations.to_grey(x)
     assert_close(found, [TF.to_tensor(TF.rgb_to_grayscale(pil(image), 3)) for image in images])
     assert_close(found, [TF.rgb_to_grayscale(image, 3) for image in x], 5e-4)
 
@@ -146,7 +155,7 @@ def test_every_image_has_its_own_factor_and_the_argument_stays(name):
     x = sample_floats()
     before = x.clone()
     factors = torch.linspace(-0.2, 0.2, len(x)) if name == "adjust_hue" else torch.linspace(0.2, 1.8, len(x))
-    found = getattr(augment, name)(x, factors)
+    found = getattr(operations, name)(x, factors)
     expected = [getattr(TF, name)(image, factor) for image, factor in zip(x, factors.tolist(), strict=True)]
     assert_close(found, expected, 5e-4)
     assert torch.equal(x, before)
@@ -158,11 +167,11 @@ def test_gaussian_blur(radius):
     sigma = torch.linspace(0.1, 2.0, len(x))
     kernel = 2 * radius + 1
     expected = [TF.gaussian_blur(image, [kernel] * 2, [s] * 2) for image, s in zip(x, sigma.tolist(), strict=True)]
-    assert_close(augment.gaussian_blur(x, sigma, radius), expected, 1e-5)
+    assert_close(operations.gaussian_blur(x, sigma, radius), expected, 1e-5)
 
 
 def test_blur_kernel_sizes():
-    assert [2 * augment.blur_radius(size) + 1 for size in (8, 32, 96, 224)] == [1, 3, 9, 23]
+    assert [2 * operations.blur_radius(size) + 1 for size in (8, 32, 96, 224)] == [1, 3, 9, 23]
 
 
 def one_view(image: Tensor, draws: ViewDraws, i: int) -> Tensor:
@@ -298,7 +307,7 @@ def test_views_are_made_in_float32_under_autocast_and_leave_the_images():
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 28)])
-def test_crop_and_flip_is_torchvisions(height, width):
+def test_crops_are_torchvisions(height, width):
     """Every view is the one that torchvision makes from one of the 2 x 81 possible draws, and all draws occur."""
     images = sample_images(height, width)[:1].expand(MANY // 4, -1, -1, -1)
     framed = TF.pad(pil(images[0]), 4)
@@ -309,14 +318,15 @@ def test_crop_and_flip_is_torchvisions(height, width):
                 view = TF.crop(framed, top, left, height, width)
                 view = TF.to_tensor(TF.hflip(view) if mirrored else view)
                 possible[view.numpy().tobytes()] = (top, left, mirrored)
-    views = crop_and_flip(images, seeded())
+    draws = draw_crops(len(images), seeded())
+    views = apply_crops(images, draws)
     assert (views.dtype, views.shape) == (torch.float32, images.shape)
     drawn = [possible[view.numpy().tobytes()] for view in views]
     for values, number in zip(zip(*drawn, strict=True), (9, 9, 2), strict=True):
         counts = [values.count(value) for value in sorted(set(values))]
         assert len(counts) == number
         assert stats.chisquare(counts).pvalue > LEAST_P
-    assert torch.equal(views, crop_and_flip(images, seeded()))
+    assert torch.equal(views, apply_crops(images, draw_crops(len(images), seeded())))
 
 
 def test_batches_without_images_or_colour_changes():
@@ -326,7 +336,9 @@ def test_batches_without_images_or_colour_changes():
     off = torch.zeros(len(images), dtype=torch.bool)
     draws = dataclasses.replace(draws, jitter=off, grey=off)
     found = apply_views(images, draws)
-    assert_close(found, augment.crop_resize(images, draws.boxes, draws.flip, 16).clamp(0, 1), 1e-6)  # no blur below 20
+    assert_close(
+        found, operations.crop_resize(images, draws.boxes, draws.flip, 16).clamp(0, 1), 1e-6
+    )  # no blur below 20
 
 
 def test_errors():
@@ -345,16 +357,107 @@ def test_errors():
         random_views(images, 0, seeded())
 
 
+def test_a_row_is_its_images_whatever_the_batch_and_the_order():
+    """A table of two views of each image of an epoch: every image gets its own rows in any batches of any order."""
+    images, views = sample_images(), 2
+    count = len(images)
+    table = draw_views(views * count, 32, 32, 32, seeded(9))
+    crops = draw_crops(views * count, seeded(9))
+    whole = apply_views(images.repeat(views, 1, 1, 1), table).unflatten(0, (views, count))
+    cropped = apply_crops(images.repeat(views, 1, 1, 1), crops).unflatten(0, (views, count))
+    for seed, size in ((0, 1), (1, 4), (2, count)):
+        seen = []
+        for index in torch.randperm(count, generator=seeded(seed)).split(size):
+            rows, batch = rows_of(index, views, count), images[index].repeat(views, 1, 1, 1)
+            found = apply_views(batch, table[rows]).unflatten(0, (views, len(index)))
+            assert (found - whole[:, index]).abs().max() < 1e-6
+            assert torch.equal(apply_crops(batch, crops[rows]).unflatten(0, (views, len(index))), cropped[:, index])
+            seen.append(rows)
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(views * count))
+
+
+@pytest.mark.parametrize("table", [draw_views(20, 32, 32, 32, seeded()), draw_crops(20, seeded())])
+def test_rows_of_a_table(table):
+    assert type(table.to("cpu")) is type(table)
+    tensors = [field.name for field in dataclasses.fields(table) if field.name != "size"]
+    for rows in (slice(3, 9), torch.tensor([7, 2, 2, 19]), slice(0, 0)):
+        part = table[rows]
+        assert len(part) == len(torch.arange(20)[rows])
+        assert len(table) == 20
+        for name in tensors:
+            assert torch.equal(getattr(part, name), getattr(table, name)[rows])
+    assert getattr(table[:3], "size", None) == getattr(table, "size", None)
+    assert {getattr(table.to("meta"), name).device.type for name in tensors} == {"meta"}
+
+
+def test_rows_of_images_are_view_major():
+    assert rows_of(torch.tensor([3, 0]), 3, 10).tolist() == [3, 0, 13, 10, 23, 20]
+    assert rows_of(torch.tensor([3, 0]), 1, 10).tolist() == [3, 0]
+
+
+@pytest.mark.parametrize(("height", "width", "size", "n"), [(32, 32, 32, 400), (48, 40, 32, 61), (256, 256, 224, 9)])
+def test_masks_make_the_same_pixels_as_groups(height, width, size, n):
+    images = sample_images(height, width)
+    images = images[torch.arange(n) % len(images)]
+    draws = draw_views(n, height, width, size, seeded(5))
+    crops = operations.crop_resize(images, draws.boxes, draws.flip, size)
+    by_masks = augment._by_masks(crops, draws)
+    assert torch.equal(by_masks, augment._by_groups(crops.clone(), draws))
+    assert not torch.equal(by_masks, crops)
+
+
+def test_nothing_is_read_from_or_copied_to_a_device():
+    """On the meta device there are no values to read, and other devices' tensors cannot take part."""
+    images, draws = sample_images().to("meta"), draw_views(len(sample_images()), 32, 32, 32, seeded()).to("meta")
+    assert augment._make_views(images, draws).device.type == "meta"
+    with pytest.raises(NotImplementedError, match="nonzero"):  # as it would be by groups
+        augment._by_groups(augment._make_views(images, draws), draws)
+    assert apply_crops(images, draw_crops(len(images), seeded()).to("meta")).device.type == "meta"
+
+
+def test_errors_of_tables():
+    images = sample_images()
+    with pytest.raises(ValueError, match="draws on meta"):
+        apply_views(images, draw_views(len(images), 32, 32, 32, seeded()).to("meta"))
+    with pytest.raises(ValueError, match="draws for"):
+        apply_crops(images[:3], draw_crops(len(images), seeded()))
+    for wrong in (images.float(), images[:, :1]):
+        with pytest.raises(ValueError, match="uint8 of shape"):
+            apply_crops(wrong, draw_crops(len(images), seeded()))
+        with pytest.raises(ValueError, match="uint8 of shape"):
+            rotate(wrong, torch.zeros(len(wrong)))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_makes_the_same_views_without_waiting():
     images = sample_images()
-    expected = random_views(images, 32, seeded())
-    on_device = images.cuda()
-    random_views(on_device, 32, seeded())  # loads the kernels, which waits
+    draws, crops = draw_views(len(images), 32, 32, 32, seeded()), draw_crops(len(images), seeded())
+    expected = apply_views(images, draws)
+    on_device, draws, crops, rows = images.cuda(), draws.to("cuda"), crops.to("cuda"), torch.arange(len(images)).cuda()
+    apply_views(on_device, draws[rows])  # loads the kernels, which waits
+    apply_crops(on_device, crops[rows])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = random_views(on_device, 32, seeded())
+        found, cropped = apply_views(on_device, draws[rows]), apply_crops(on_device, crops[rows])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert found.device.type == "cuda"
+    assert found.device.type == cropped.device.type == "cuda"
     assert (found.cpu() - expected).abs().max() < 1e-4
+    assert (random_views(on_device, 32, seeded()).cpu() - expected).abs().max() < 1e-4
+    assert torch.equal(cropped.cpu(), apply_crops(images, crops.to("cpu")))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_views_go_into_a_cuda_graph():
+    images, table = sample_images().cuda(), draw_views(2 * len(sample_images()), 32, 32, 32, seeded()).to("cuda")
+    rows = torch.arange(len(images), device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        apply_views(images, table[rows])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = apply_views(images, table[rows])
+    rows += len(images)  # the graph reads the rows that are there when it is replayed
+    graph.replay()
+    assert (found - apply_views(images, table[rows])).abs().max() < 1e-4

@@ -1,6 +1,5 @@
 """The benchmarks run, at a size that says nothing about speed."""
 
-import argparse
 import sys
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 import benchmarks.defences
 from benchmarks import linear_eval, scaling, train_step
-from defenses import DEFENCES, Query
+from defenses import DEFENCES, Call
 from models import build_encoder
 from utils import Precision
 
@@ -52,7 +51,7 @@ def test_poisoning_is_timed_with_a_full_memory():
     earlier = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
     defence = benchmarks.defences.full_poisoning(earlier, torch.sign, size=4)
     assert defence.poison_memory == len(defence.scores()) == 10
-    oldest = Query(digests=[], representations=earlier[:1], project=torch.sign)
+    oldest = Call(digests=[], representations=earlier[:1], project=torch.sign)
     assert defence.nearest(oldest).item() == pytest.approx(1)
 
 
@@ -74,7 +73,7 @@ def test_what_many_gpus_exchange_and_keep():
 
 
 def test_a_step_and_nothing_else_is_measured_for_one_process():
-    args = argparse.Namespace(arch="resnet10w32-imagenet", size=32, batch_size=4, rounds=1)
+    args = scaling.Scaling(arch="resnet10w32-imagenet", size=32, batch_size=4, rounds=1)
     found = scaling.measure(args, Precision("fp32", torch.device("cpu")))
     assert found.keys() == {"step"}
     assert found["step"] > 0

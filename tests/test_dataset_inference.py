@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defenses.dataset_inference import halves, log_likelihoods
-from statistical_tests import cohens_d, welch
+from evaluation.statistics import cohens_d, welch
 from utils import UserError, generator
 
 

@@ -1,5 +1,8 @@
 """Loading data from every form, the subsets taken of it, and the errors about it."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,11 @@ from PIL import Image
 
 from data_aug import datasets
 from data_aug.datasets import (
+    DATASET_NAMES,
+    Data,
     channel_statistics,
+    check_name,
     export,
-    image_files,
     load_dataset,
     load_labelled,
     load_queries,
@@ -18,6 +23,7 @@ from data_aug.datasets import (
     to_float,
     unlabelled_split,
 )
+from data_aug.folders import image_files
 from tests.conftest import ROOT
 from utils import UserError
 
@@ -229,6 +235,42 @@ def test_unknown_name_lists_the_known():
     assert "folder:PATH or npz:PATH" in text
     for name in ("npz:", "folder:", "zip:x"):
         assert "unknown data set" in error(name)
+
+
+def test_the_alias_of_2022_is_taken_everywhere(write_npz, tmp_path):
+    write_npz("fashionmnist", train=40, test=1010)
+    assert check_name("fmnist") == check_name("fashionmnist") == check_name("fmnist", "imagenet") == "fashionmnist"
+    assert torch.equal(load_dataset("fmnist", tmp_path)[0], load_dataset("fashionmnist", tmp_path)[0])
+    for name, victim in (("fmnist", "fashionmnist"), ("fashionmnist", "fmnist")):
+        images, _, split = load_queries(name, victim, tmp_path)
+        assert (len(images), split) == (10, "test")
+    assert export("fmnist", tmp_path) == tmp_path / "fashionmnist.npz"
+
+
+def test_imagenet_is_a_name_only_where_images_are_streamed(tmp_path):
+    assert check_name("imagenet", "imagenet") == "imagenet"
+    assert "unknown data set 'imagenet'" in error("imagenet", tmp_path)
+
+
+def test_the_data_root_and_the_names_for_help():
+    assert str(Data().data) == "datasets"
+    assert DATASET_NAMES.startswith("cifar10, ")
+    assert DATASET_NAMES.endswith(", folder:PATH or npz:PATH")
+    for name in datasets.DATASETS:
+        assert name in DATASET_NAMES.split(", ")[:-1]
+
+
+def test_the_export_command(write_npz, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "data_aug.datasets", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        return done.returncode, done.stdout, done.stderr.count("\n")
+
+    write_npz("mnist", train=7, test=3)
+    before = load_dataset("mnist", tmp_path)
+    assert run("--export", "mnist", "-data", tmp_path) == (0, f"{tmp_path / 'mnist.npz'}\n", 0)
+    assert torch.equal(load_dataset("mnist", tmp_path)[0], before[0])
+    assert run("--export", "mnits") == run() == (2, "", 1)
 
 
 def test_export_and_back(write_npz, tmp_path):

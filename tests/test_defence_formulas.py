@@ -99,7 +99,7 @@ def test_the_memory_is_longer_than_a_call():
 
 def test_repeats_are_the_later_queries_of_an_image():
     which = torch.randint(0, 100, (300,), generator=torch.Generator().manual_seed(0))
-    assert repeats(which).tolist() == [int(one) in which[:row].tolist() for row, one in enumerate(which)]
+    assert repeats(which).tolist() == [int(image) in which[:row].tolist() for row, image in enumerate(which)]
 
 
 def test_poisoned_answers_are_normal():
@@ -145,7 +145,7 @@ def test_views_of_queried_images_are_detected(images):
     assert detection_figures(victim.defences[0].scores(), torch.arange(32) >= 16, 0.8)["auc"] > 0.95
 
 
-def test_poisoning_reports_what_it_met(images):
+def test_poisoning_reports_what_it_found(images):
     victim = victim_with("poisoning")
     order = {"a": torch.tensor([0, 1, 2, 0, 5, 0, 2, 7]), "b": torch.tensor([2, 1, 1])}
     for account, which in order.items():
@@ -234,9 +234,9 @@ def test_orthogonal_maps_turn_no_direction_more_often_than_another(images):
 def test_shuffles_give_the_same_numbers_in_another_order(images):
     h, answers = represent(images), transformed("shuffle", images)
     order = [[i for i in range(DIM) if torch.allclose(answers[:, j], h[:, i])] for j in range(DIM)]
-    assert all(len(one) == 1 for one in order)
-    assert sorted(one[0] for one in order) == list(range(DIM))
-    assert [one[0] for one in order] != list(range(DIM))
+    assert all(len(sources) == 1 for sources in order)
+    assert sorted(sources[0] for sources in order) == list(range(DIM))
+    assert [sources[0] for sources in order] != list(range(DIM))
 
 
 def test_scale_shuffle_stretches_and_shifts_each_dimension(images):

@@ -2,14 +2,16 @@
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from defenses import DEFENCES, build_defences, parse_defences, settings_of
+from defenses import DEFENCES, DefenceChoice, parse_defences, use_defences
 from defenses.transform import KINDS
 from models.simclr import SimCLREncoder
+from settings import Parser, settings_of
 from utils import UserError, seeded
 from victim import Victim
 
@@ -69,8 +71,13 @@ every_case = pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 
 
 def victim_with(names, secret=7, **settings):
-    defences = build_defences(names.split(","), {**STRONG, **settings}, secret)
-    return Victim(SimCLREncoder(Pixels(), "pixels"), defences=defences)
+    """A victim with these defences, each with those of the settings that are its, in which it is strong."""
+    made = []
+    for name in names.split(","):
+        known = settings_of(DEFENCES[name])
+        values = {key: value for key, value in {**STRONG, **settings}.items() if key in known}
+        made.append(DEFENCES[name](secret=secret, **values))
+    return Victim(SimCLREncoder(Pixels(), "pixels"), defences=made)
 
 
 @pytest.fixture
@@ -141,8 +148,8 @@ def test_what_is_public_of_a_victim_holds_no_numbers_of_the_encoder(images, name
 
     def reachable(thing):
         if isinstance(thing, list | tuple | set):
-            for one in thing:
-                yield from reachable(one)
+            for part in thing:
+                yield from reachable(part)
         elif isinstance(thing, dict):
             yield from reachable([*thing, *thing.values()])
         elif isinstance(thing, int | float | str | bytes | None):
@@ -154,8 +161,8 @@ def test_what_is_public_of_a_victim_holds_no_numbers_of_the_encoder(images, name
                 yield from reachable([getattr(thing, key) for key in names])
 
     found = list(reachable(victim))
-    assert any(isinstance(one, DEFENCES[name]) for one in found)
-    assert not [one for one in found if isinstance(one, torch.Tensor | nn.Module | torch.Generator)]
+    assert any(isinstance(thing, DEFENCES[name]) for thing in found)
+    assert not [thing for thing in found if isinstance(thing, torch.Tensor | nn.Module | torch.Generator)]
 
 
 def test_no_image_gets_an_empty_answer():
@@ -181,7 +188,7 @@ def test_lists_are_read_as_they_stand():
 
 @pytest.mark.parametrize("text", ["", "nois", "noise,,topk", "noise,watermark", "Noise"])
 def test_unknown_names_are_refused_with_the_choice(text):
-    with pytest.raises(UserError, match=r"unknown defence '.*': choose from noise, poisoning, .*buckets") as caught:
+    with pytest.raises(UserError, match=f"unknown defence '.*': choose from {', '.join(DEFENCES)},") as caught:
         parse_defences(text)
     assert "\n" not in str(caught.value)
 
@@ -191,55 +198,112 @@ def test_a_repeated_name_is_refused():
         parse_defences("noise,topk,noise")
 
 
+def parser():
+    return Parser("defences", [DefenceChoice, *DEFENCES.values()])
+
+
 def test_defences_take_the_settings_that_are_theirs():
-    given = {"sigma": 0.25, "mu": None, "decimals": 3, "losstype": "mse"}
-    noise, poisoning, rounding = build_defences(["noise", "poisoning", "rounding"], given, secret=5)
+    line = "--defence noise,poisoning,rounding --sigma 0.25 --decimals 3 --secret 5"
+    noise, poisoning, rounding = use_defences(parser().parse(line.split()), "mse", seed=1)
     assert (noise.mu, noise.sigma, noise.consistent_noise) == (5.0, 0.25, False)
     assert (poisoning.sigma, poisoning.poison_memory, poisoning.poison_threshold) == (0.25, 10_000, 0.8)
     assert rounding.decimals == 3
     assert {noise.secret, poisoning.secret, rounding.secret} == {5}
-    assert build_defences([], given) == []
+    assert use_defences(parser().parse([]), "mse", seed=1) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "losstype", "names"),
+    [
+        ("--defence", "infonce", "poisoning"),
+        ("--defence True", "mse", "noise"),
+        ("--defence True", "softnn", "poisoning"),
+        ("--defence False", "infonce", ""),
+        ("--defence rounding --entropy", "mse", "rounding entropy"),
+        ("--entropy True", "mse", "entropy"),
+        ("--defence entropy,noise --entropy True", "mse", "entropy noise"),
+    ],
+)
+def test_which_defences_a_line_puts_into_force(line, losstype, names):
+    """As in 2022, --defence True depends on what it is against; without --secret the seed is the secret."""
+    made = use_defences(parser().parse(line.split()), losstype, seed=4)
+    assert [type(defence).__name__.lower() for defence in made] == names.split()
+    assert {defence.secret for defence in made} <= {4}
+
+
+def test_new_defences_have_seen_nothing():
+    """What a command puts into force is made anew for each victim."""
+    first, second = (use_defences(parser().parse(["--defence", "detection"]), "mse", seed=0) for _ in range(2))
+    Victim(SimCLREncoder(Pixels(), "pixels"), defences=first).query(random_images(5))
+    assert first[0].scores()
+    assert not second[0].scores()
 
 
 def test_a_flag_means_the_same_wherever_it_is_taken():
     flags = {}
     for defence in DEFENCES.values():
-        for name, one in settings_of(defence).items():
-            text = one.metadata["help"]
-            assert flags.setdefault(name, (one.default, text)) == (one.default, text)
-            assert text
+        for name, declared in settings_of(defence).items():
+            meaning = declared.default, declared.text
+            assert flags.setdefault(name, meaning) == meaning
+            assert declared.text
 
 
-BAD = [
-    ("noise", {"sigma": -0.5}, "--sigma -0.5"),
-    ("noise", {"sigma": math.nan}, "--sigma nan"),
-    ("noise", {"sigma": math.inf}, "--sigma inf"),
-    ("noise", {"mu": math.nan}, "--mu nan"),
-    ("noise", {"mu": -math.inf}, "--mu -inf"),
-    ("poisoning", {"sigma": -1.0}, "--sigma -1.0"),
-    ("poisoning", {"sigma": math.inf}, "--sigma inf"),
-    ("poisoning", {"poison_memory": 0}, "--poison-memory 0"),
-    ("poisoning", {"poison_threshold": 1.5}, "--poison-threshold 1.5"),
-    ("poisoning", {"poison_threshold": -0.1}, "--poison-threshold -0.1"),
-    ("rounding", {"decimals": -1}, "--decimals -1"),
-    ("rounding", {"decimals": 7}, "--decimals 7"),
-    ("topk", {"top_k": 0}, "--top-k 0"),
-    ("topk", {"top_k": DIM + 1}, f"--top-k {DIM + 1} .* {DIM}"),
-    ("truncate", {"dimensions": 0}, "--dimensions 0"),
-    ("truncate", {"dimensions": DIM + 1}, f"--dimensions {DIM + 1} .* {DIM}"),
-    ("transform", {"transform": "spin"}, "--transform spin .*orthogonal.*binary"),
-    ("buckets", {"bucket_bits": 0}, "--bucket-bits 0"),
-    ("buckets", {"bucket_bits": 25}, "--bucket-bits 25"),
-    ("buckets", {"bucket_lambda": 0.0}, "--bucket-lambda 0.0"),
-    ("buckets", {"bucket_alpha": 1e-7}, "--bucket-alpha 1e-07"),
-    ("buckets", {"bucket_alpha": math.inf}, "--bucket-alpha inf"),
-    ("buckets", {"bucket_beta": 0.0}, "--bucket-beta 0.0"),
-    ("buckets", {"bucket_beta": 101.0}, "--bucket-beta 101.0"),
-]
+# Of each setting: values in range, at its ends where it has any, and values that are refused.
+RANGES = {
+    ("noise", "mu"): ([-3.0, 0.0, 1e9], [math.nan, math.inf, -math.inf]),
+    ("noise", "sigma"): ([0.0, 2.0], [-0.5, math.nan, math.inf]),
+    ("noise", "consistent_noise"): ([True, False], []),
+    ("poisoning", "sigma"): ([0.0, 2.0], [-1.0, math.nan, math.inf]),
+    ("poisoning", "poison_memory"): ([1, 10**6], [0, -1]),
+    ("poisoning", "poison_threshold"): ([0.0, 1.0], [1.5, -0.1, math.nan]),
+    ("rounding", "decimals"): ([0, 6], [-1, 7]),
+    ("topk", "top_k"): ([1, DIM], [0, -1]),
+    ("truncate", "dimensions"): ([1, DIM], [0, -1]),
+    ("transform", "transform"): ([*KINDS], ["spin", ""]),
+    ("buckets", "bucket_bits"): ([1, 10], [0, 25]),  # 24 bits: 16 million buckets
+    ("buckets", "bucket_lambda"): ([1e-9, 0.1], [0.0, -1.0, math.nan, math.inf]),
+    ("buckets", "bucket_alpha"): ([1e-3, 10.0], [1e-7, -1.0, math.nan, math.inf]),
+    ("buckets", "bucket_beta"): ([1e-3, 100.0], [0.0, 101.0, -1.0, math.nan]),
+    ("detection", "detection_memory"): ([1, 10**6], [0, -1]),
+    ("detection", "detection_bits"): ([1, 10], [0, 25]),
+}
+VALUES = [(*key, value) for key, (good, _) in RANGES.items() for value in good]
+BAD = [(*key, value) for key, (_, bad) in RANGES.items() for value in bad]
 
 
-@pytest.mark.parametrize(("name", "settings", "message"), BAD, ids=str)
-def test_bad_settings_are_refused_with_flag_and_value(name, settings, message):
-    with pytest.raises(UserError, match=message) as caught:
-        victim_with(name, **settings)
+def test_every_setting_of_a_defence_has_a_row():
+    assert RANGES.keys() == {(name, key) for name, defence in DEFENCES.items() for key in settings_of(defence)}
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), VALUES, ids=str)
+def test_values_in_range_are_taken(name, setting, value, images):
+    victim = victim_with(name, **{setting: value})
+    assert getattr(victim.defences[0], setting) == value
+    assert victim.query(images[:3]).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), BAD, ids=str)
+def test_values_out_of_range_are_refused_with_flag_and_value(name, setting, value, capsys):
+    """By the class, and in a command line before anything is done."""
+    flag = f"--{setting.replace('_', '-')}"
+    with pytest.raises(UserError, match=re.escape(f"{flag} {value} ")) as caught:
+        victim_with(name, **{setting: value})
     assert "\n" not in str(caught.value)
+    capsys.readouterr()
+    with pytest.raises((UserError, SystemExit)) as caught:
+        use_defences(parser().parse([f"{flag}={value}", "--defence", name]), "mse", 0)
+    said = str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err
+    assert flag in said
+
+
+def test_what_is_more_than_an_answer_has_is_refused():
+    for name, setting in (("topk", "top_k"), ("truncate", "dimensions")):
+        flag = f"--{setting.replace('_', '-')}"
+        with pytest.raises(UserError, match=f"{flag} {DIM + 1} .* {DIM}") as caught:
+            victim_with(name, **{setting: DIM + 1})
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_map_is_refused_with_the_choice():
+    with pytest.raises(UserError, match=r"--transform spin .*orthogonal.*binary"):
+        victim_with("transform", transform="spin")

@@ -1,11 +1,11 @@
 """The demo's parts: its commands parse and fit together, its table and picture are made from what was measured."""
 
-import sys
-
 import demo
 import linear_eval
 import run
 import steal
+from evaluation.figures import nearest_images, neighbour_picture
+from models import load_encoder
 from utils import save_checkpoint
 
 ROWS = [
@@ -14,24 +14,17 @@ ROWS = [
 ]
 
 
-def parse(module, line, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *line.split()])
-    return module.parse()[1]
-
-
-def test_commands_find_what_the_ones_before_made(monkeypatch):
-    victim = parse(run, demo.TRAIN, monkeypatch)
-    copy = parse(steal, demo.STEAL, monkeypatch)
-    judge = parse(
-        linear_eval, f"{demo.JUDGE} --modeltype stolen --dataset shapes {demo.COPY} --losstype mse", monkeypatch
-    )
-    assert (copy.dataset, copy.arch, copy.epochstrain) == (victim.dataset, victim.arch, victim.epochs)
+def test_commands_find_what_the_ones_before_made():
+    victim = run.parse(demo.TRAIN.split())
+    copy = steal.parse(demo.STEAL.split())
+    judge = linear_eval.parse(f"{demo.JUDGE} --modeltype stolen --dataset shapes {demo.COPY} --losstype mse".split())
+    assert copy.dataset == victim.dataset
     assert (judge.epochs, judge.num_queries, judge.datasetsteal) == (copy.epochs, copy.num_queries, copy.datasetsteal)
     assert copy.num_queries == demo.QUERIES
 
 
 def test_table_shows_the_rows():
-    lines = demo.table(ROWS).splitlines()
+    lines = demo.demo_table(ROWS).splitlines()
     assert lines[2] == "| victim | 50.0 % | 30.0 % | 20.0 % | 0 | 61 |"
     assert lines[3] == "| random encoder | 20.0 % | 9.0 % | 10.0 % | 1,500 | 0 |"
 
@@ -39,8 +32,9 @@ def test_table_shows_the_rows():
 def test_picture_is_a_png_and_neighbours_begin_with_the_image_itself(encoder, images, tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     save_checkpoint({"arch": encoder.arch, "state_dict": encoder.state_dict()}, path)
-    nearest = demo.neighbours(str(path), images, queries=3, shown=4)
+    nearest = nearest_images(load_encoder(path), images, queries=3, shown=4)
     assert nearest.shape == (3, 4)
     assert nearest[:, 0].tolist() == [0, 1, 2]
-    demo.picture([{**ROWS[0], "checkpoint": str(path)}, {**ROWS[1], "checkpoint": None}], tmp_path / "demo.png")
+    rows = [{**ROWS[0], "checkpoint": str(path)}, {**ROWS[1], "checkpoint": None}]
+    neighbour_picture(rows, "resnet10w32", tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

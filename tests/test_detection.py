@@ -13,7 +13,8 @@ from data_aug.datasets import load_dataset
 from defenses.buckets import hyperplanes
 from defenses.detection import SCORES, Detection, non_normality, scores_of, similarity
 from defenses.nearest import BLOCK, Memory, nearest_distances
-from utils import UserError, generator, save_checkpoint
+from evaluation import represent, streams
+from utils import Precision, UserError, generator, save_checkpoint
 from victim import Victim, digest_tensor
 
 DIM = 16
@@ -191,14 +192,14 @@ def test_accounts_are_watched_apart(encoder, images):
     assert detector.scores("nobody") == {}
     assert detector.distances("nobody").shape == (0,)
     assert detector.report({"nobody": torch.empty(0)}) == {}
-    both = victim.met({"a": torch.arange(12), "b": torch.arange(12), "nobody": torch.empty(0)})
+    both = victim.report({"a": torch.arange(12), "b": torch.arange(12), "nobody": torch.empty(0)})
     assert both == {f"detection_{name}": max(detector.scores(one)[name] for one in "ab") for name in SCORES}
 
 
 def test_what_an_earlier_process_answered_counts(encoder, stream):
     detector = Detection(secret=4)
     victim = Victim(encoder, defences=[detector])
-    victim.recall(digest_tensor(stream[:12]), images=stream[:12])
+    victim.replay(digest_tensor(stream[:12]), images=stream[:12])
     victim.query(stream[12:])
     assert detector.distances()[11:].max() < 1e-5
 
@@ -239,7 +240,7 @@ def test_the_command_prints_and_records_its_table(call, owned, tmp_path):
     assert row["auc_task_repeat_nearest"] == row["detected_task_repeat_nearest"] == 1
     code, again, _ = call(detect, *arguments, "--resume")
     assert code == 0
-    assert "is there already" in again
+    assert "has its results already" in again
     assert f"| other | prada | {cells[0]}" in again
     assert len((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()) == 1
 
@@ -248,10 +249,12 @@ def test_refusals_are_one_line(refused, owned, tmp_path):
     victim = ("--victim", owned)
     assert "lower --stream-length 900" in refused(detect, *QUICK, *victim, "--stream-length", "900")
     assert "has 10 classes" in refused(detect, *QUICK, *victim, "--user-classes", "11")
-    assert "--stream-length 9 is too short" in refused(detect, *QUICK, *victim, "--stream-length", "9")
+    assert "--stream-length: '9' is not a whole number of at least 10" in refused(
+        detect, *QUICK, *victim, "--stream-length", "9"
+    )
     assert "--dataset-users shapes" in refused(detect, *QUICK, *victim, "--dataset-users", "shapes")
     assert "24 images" in refused(detect, *QUICK, *victim, "--dataset-users", "mnist")
-    assert "--detection-bits 30" in refused(detect, *QUICK, *victim, "--detection-bits", "30")
+    assert "--detection-bits: '30' is not" in refused(detect, *QUICK, *victim, "--detection-bits", "30")
     assert "--streams" in refused(detect, *QUICK, *victim, "--streams", "0")
     assert "nowhere" in refused(detect, *QUICK, "--victim", tmp_path / "nowhere")
     assert not (tmp_path / "checkpoints").exists()
@@ -267,17 +270,17 @@ def test_a_copy_is_not_taken_for_a_victim(refused, trained):
 @pytest.mark.parametrize(("length", "share"), [(300, 0.5), (500, 0.75)])
 def test_users_and_attackers_have_images_of_their_own_where_these_suffice(length, share):
     _, labels = load_dataset("shapes", split="test")
-    attackers, users, words = detect.part_images(labels, length, 2, seed=0)
+    attackers, users, words = streams.part_images(labels, length, 2, seed=0)
     assert set(attackers.tolist()).isdisjoint(users.tolist())
     assert len(attackers) + len(users) == 4000
     assert labels[users].bincount().tolist() == [int(400 * share)] * 10
     assert f"{share:.0%}" in words
-    other, _, _ = detect.part_images(labels, length, 2, seed=1)
+    other, _, _ = streams.part_images(labels, length, 2, seed=1)
     assert not torch.equal(attackers.sort().values, other.sort().values)
 
 
 def test_users_and_attackers_share_images_where_these_are_few():
-    attackers, users, words = detect.part_images(torch.arange(40) % 4, 20, 2, seed=0)
+    attackers, users, words = streams.part_images(torch.arange(40) % 4, 20, 2, seed=0)
     assert attackers.tolist() == users.tolist() == list(range(40))
     assert "same images" in words
 
@@ -286,7 +289,7 @@ def test_users_ask_about_different_images_of_few_classes():
     labels, chosen = torch.arange(90) % 9, torch.arange(0, 90, 2)
     tasks = set()
     for number in range(6):
-        drawn = detect.draw_task(chosen, labels[chosen], 10, 2, generator(0, "task", number))
+        drawn = streams.draw_task(chosen, labels[chosen], 10, 2, generator(0, "task", number))
         assert len(set(drawn.tolist())) == 10
         assert set(drawn.tolist()) <= set(chosen.tolist())
         assert len(set(labels[drawn].tolist())) == 2
@@ -295,12 +298,12 @@ def test_users_ask_about_different_images_of_few_classes():
 
 
 def test_attackers_send_what_their_names_say(encoder):
-    args = detect.Namespace(streams=2, stream_length=11, repeat=4, seed=0)
+    settings = streams.Streams(streams=2, stream_length=11, repeat=4)
     images = load_dataset("shapes", split="test")[0][:40]
-    precision = detect.Precision("fp32", torch.device("cpu"))
-    known, chosen = detect.represent(encoder, images, precision), torch.arange(20, 40)
-    streams = list(detect.attacks_of(args, encoder, precision, images, known, chosen))
-    assert [kind for kind, _ in streams] == ["plain", "views", "repeat"] * 2
+    precision = Precision("fp32", torch.device("cpu"))
+    known, chosen = represent(encoder, images, precision), torch.arange(20, 40)
+    sent = list(streams.attackers_streams(settings, encoder, precision, images, known, chosen, seed=0))
+    assert [kind for kind, _ in sent] == ["plain", "views", "repeat"] * 2
 
     def which(stream):
         return [int(index) if close < 1e-5 else None for close, index in map(min_of, stream)]
@@ -308,7 +311,7 @@ def test_attackers_send_what_their_names_say(encoder):
     def min_of(row):
         return (known - row).abs().amax(dim=1).min(dim=0)
 
-    for kind, stream in streams:
+    for kind, stream in sent:
         assert len(stream) == 11
         found = which(stream)
         if kind == "views":
@@ -317,11 +320,11 @@ def test_attackers_send_what_their_names_say(encoder):
         assert set(found) <= set(range(20, 40))
         assert len(set(found)) == (11 if kind == "plain" else 3)
         assert kind == "plain" or found == (found[:3] * 4)[:11]
-    assert not torch.equal(streams[0][1], streams[3][1])
+    assert not torch.equal(sent[0][1], sent[3][1])
 
 
 def test_false_alarms_are_five_in_a_hundred_at_most():
     users = [float(value) for value in range(100)]
-    assert detect.detected([94.0, 94.5, 95.0, 200.0], users) == 0.75  # five users exceed 94
-    assert detect.detected([99.0, 99.5], users[-19:]) == 0.5  # of so few users none may
-    assert detect.detected([1.0] * 4, [1.0] * 40) == 0
+    assert streams.detected([94.0, 94.5, 95.0, 200.0], users) == 0.75  # five users exceed 94
+    assert streams.detected([99.0, 99.5], users[-19:]) == 0.5  # of so few users none may
+    assert streams.detected([1.0] * 4, [1.0] * 40) == 0

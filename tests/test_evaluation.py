@@ -1,12 +1,14 @@
 """Evaluation leaves the encoder as it was; closeness of two encoders against slow formulas; which images are tested."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
+from data_aug.images import Stored, Streamed, Views, open_pictures
 from evaluation import (
     agreement,
     compare,
@@ -21,7 +23,9 @@ from evaluation import (
     represent,
     represent_both,
 )
+from evaluation.test_images import unqueried_positions
 from models import build_encoder
+from training.run import Record
 from utils import Precision, UserError, seeded
 from victim import digest_tensor
 
@@ -33,6 +37,49 @@ def test_representations_in_batches_are_those_of_single_images(encoder, images):
     with torch.no_grad():
         expected = torch.cat([encoder.eval()(image[None] / 255) for image in images])
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_streamed_images_are_represented_as_those_in_memory(encoder, write_npz):
+    pictures = open_pictures(f"npz:{write_npz(train=10)}", "datasets", "train")
+    views = Views(pictures, "center", 32)
+    images = torch.stack([views[position] for position in range(10)])
+    streamed = Streamed(views, torch.arange(10), workers=0)
+    expected = represent(encoder, images, FP32, batch_size=4)
+    assert torch.equal(represent(encoder, Stored(images), FP32, batch_size=4), expected)
+    assert torch.equal(represent(encoder, streamed, FP32, batch_size=4), expected)
+    assert torch.equal(represent(encoder, images / 255, FP32, batch_size=4), expected)
+    halved = represent(encoder, streamed, FP32, batch_size=4, dtype=torch.float16)
+    assert torch.equal(halved, expected.half())
+    assert represent(encoder, images[:0], FP32).shape == (0, 256)
+
+
+def test_each_process_represents_its_share(encoder, images, monkeypatch):
+    """Two processes in turn: together their rows are those of one, in its order."""
+    from jobs import exchange
+
+    module = sys.modules["training.represent"]
+    expected = represent(encoder, images, FP32, batch_size=5)
+    shares = {}
+    for rank in (0, 1):
+        seen = shares[rank] = []
+        monkeypatch.setattr(exchange, "processes", lambda: 2)
+        monkeypatch.setattr(module, "share", lambda total, rank=rank: exchange.share(total, rank))
+        monkeypatch.setattr(module, "gather", lambda rows, total, seen=seen: seen.append((rows, total)) or rows)
+        represent(encoder, images, FP32, batch_size=5)
+    totals = [total for _, total in shares[0]]
+    assert totals == [total for _, total in shares[1]] == [5, 5, 2]
+    together = torch.cat([torch.cat([a, b]) for (a, _), (b, _) in zip(shares[0], shares[1], strict=True)])
+    assert torch.allclose(together, expected, atol=1e-5)
+    assert [len(rows) for rows, _ in shares[0]] == [3, 3, 1]
+
+
+def test_the_function_fidelity_wins_over_the_module_of_that_name():
+    import evaluation
+    import evaluation.fidelity
+    import training.represent
+
+    assert callable(evaluation.fidelity)
+    assert callable(training.represent)
 
 
 def test_representing_changes_nothing_and_restores_the_mode(encoder, images):
@@ -191,15 +238,28 @@ def test_compare_measures_a_copy_of_another_width_through_its_map(pair):
 
 def test_load_test_takes_what_was_not_queried(write_npz):
     root = write_npz("cifar10", test=1010).parent
-    everything, labels, queried = load_test("cifar10", root, {})
+    everything, labels, queried = load_test("cifar10", root, Record())
     assert (len(everything), len(labels), queried) == (1010, 1010, 0)
-    asked = {"query_set": {"dataset": "cifar10", "split": "test"}, "query_digests": digest_tensor(everything[:10])}
+    asked = Record(query_set={"dataset": "cifar10", "split": "test"}, query_digests=digest_tensor(everything[:10]))
     kept, _, queried = load_test("cifar10", root, asked)
     assert torch.equal(kept, everything[10:])
     assert queried == 0
     assert len(load_test("cifar10", root, asked, number=7)[0]) == 7
-    assert len(load_test("cifar10", root, {}, last_thousand=True)[0]) == 1000
+    assert len(load_test("cifar10", root, Record(), last_thousand=True)[0]) == 1000
     with pytest.raises(UserError, match="1 of the 1001 test images were queried"):
         load_test("cifar10", root, asked, number=1001)
     with pytest.raises(UserError, match="has 1010 images"):
-        load_test("cifar10", root, {}, number=1011)
+        load_test("cifar10", root, Record(), number=1011)
+
+
+def test_pictures_that_were_queried_are_left_out_by_position(write_npz):
+    name = f"npz:{write_npz(test=6)}"
+    test = open_pictures(name, "datasets", "test")
+    assert unqueried_positions(test, Record()).tolist() == list(range(6))
+    asked = Record(query_set={"dataset": name, "split": "test"}, query_indices=torch.tensor([4, 0]))
+    assert unqueried_positions(test, asked).tolist() == [1, 2, 3, 5]
+    of_train = Record(query_set={"dataset": name, "split": "train"}, query_indices=torch.tensor([4, 0]))
+    assert len(unqueried_positions(test, of_train)) == 6
+    asked.query_indices = torch.arange(6)
+    with pytest.raises(UserError, match="all 6 test images"):
+        unqueried_positions(test, asked)

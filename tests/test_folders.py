@@ -10,7 +10,7 @@ import torch
 import steal
 from models import load_encoder, read_checkpoint
 from models.layouts import IMAGENET
-from tests.conftest import ATTACK
+from tests.conftest import ATTACK, made
 from tests.networks import assert_same, prepared, randomise, refusal
 
 
@@ -140,6 +140,6 @@ def test_a_folder_is_stolen_from(call, tmp_path):
     huggingface_folder(tmp_path / "bought")
     code, out, err = call(steal, *ATTACK, "--victim", tmp_path / "bought")
     assert code == 0, err
-    copied = out.splitlines()[-1].removeprefix("copy: ")
+    copied = made(out)
     assert "/bought-" in copied
     assert read_checkpoint(copied)["settings"]["arch"] == "huggingface/resnet"

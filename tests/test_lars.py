@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lars import LARS
+from training.lars import LARS
 
 
 def slow(weights, gradients_of, lr, momentum, decay, steps, trust=0.001, eps=1e-8):

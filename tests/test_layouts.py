@@ -17,6 +17,7 @@ from models import build_encoder, load_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from models.layouts import CIFAR10, IMAGENET, LAYOUTS, OWN, Layout
 from tests.conftest import ATTACK, JUDGE, ROOT, SMALL
+from tests.conftest import made as made_by
 from tests.networks import (
     assert_same,
     barlow_whole,
@@ -302,7 +303,7 @@ def test_another_projects_encoder_is_stolen_and_judged(call, refused, tmp_path):
     code, out, err = call(steal, *ATTACK, "--victim", tmp_path / "weights.pth")
     assert code == 0, err
     assert "weights.pth: layout of torchvision: resnet18-imagenet" in out
-    checkpoint = read_checkpoint(out.splitlines()[-1].removeprefix("copy: "))
+    checkpoint = read_checkpoint(made_by(out))
     assert checkpoint["ledger"]["default"]["queries"] == 24
     assert checkpoint["settings"]["arch"] == "resnet18-imagenet"
     assert checkpoint["state_dict"]["backbone.fc.weight"].shape == (512, 256)

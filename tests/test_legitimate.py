@@ -7,11 +7,12 @@ import torch
 
 import legitimate
 from data_aug.datasets import load_dataset
-from legitimate import served
+from defenses import DEFENCES
+from evaluation.user import UserHead, user_scores
 from models import build_encoder
 from tests.conftest import SMALL, VICTIM
 from utils import Precision, seeded
-from victim import Account, image_digests
+from victim import Account, Victim, image_digests
 
 LINE = (*SMALL, *VICTIM, "--num_queries", "40", "--num-test", "20", "--epochs", "2")
 
@@ -39,6 +40,17 @@ def test_without_a_defence_there_is_nothing_to_lose(row):
     found = row()
     assert found["defence"] is None
     assert all(found[name] == found[f"clean_{name}"] for name in ("top1", "top5", "top1_converged", "loss"))
+
+
+def test_a_finished_run_is_not_paid_for_again(row, call, tmp_path, monkeypatch):
+    found = row("--defence", "noise")
+    results = (tmp_path / "checkpoints" / "results.jsonl").read_text()
+    monkeypatch.setattr(Victim, "query", lambda *arguments: pytest.fail("asked again"))
+    code, out, err = call(legitimate, *LINE, "--defence", "noise", "--resume")
+    assert code == 0, err
+    assert "has its results already" in out
+    assert f"{found['top1_converged']:.4g}" in out
+    assert (tmp_path / "checkpoints" / "results.jsonl").read_text() == results
 
 
 def test_the_undefended_figures_do_not_depend_on_the_defence(row):
@@ -69,16 +81,17 @@ def task():
     return encoder, (images[:160], labels[:160]), (images[160:], labels[160:])
 
 
-def test_a_defence_is_met_in_training_and_in_use(task, monkeypatch):
-    """A strong one costs the user the task; a turn of all answers costs nothing."""
-    import options
-
-    args = options.argparse.Namespace(epochs=20, batch_size=16, weight_decay=0.0, lrhead=1e-3, seed=0)
+def test_a_defence_acts_in_training_and_in_use(task):
+    """A strong defence costs the user the task; a turn of all answers costs nothing."""
+    encoder, *images = task
+    head = UserHead(epochs=20, batch_size=16, weight_decay=0.0, lrhead=1e-3)
     precision = Precision("fp32", torch.device("cpu"))
     scores = {}
     for name, settings in (("", {}), ("noise", {"mu": 0.0, "sigma": 50.0}), ("transform", {}), ("poisoning", {})):
-        defences = options.build_defences([name], settings) if name else []
-        scores[name], victim = served(args, *task, precision, defences)
+        defences = [DEFENCES[name](**settings)] if name else []
+        victim = Victim(encoder, defences=defences, precision=precision)
+        scores[name], report = user_scores(victim, *images, head, precision)
+        assert report == victim.report({"user": torch.arange(240)})
         assert victim.ledger.accounts["user"].queries == 240
         assert isinstance(victim.ledger.accounts["user"], Account)
     assert scores[""]["top1_converged"] > 95
@@ -90,7 +103,9 @@ def test_a_defence_is_met_in_training_and_in_use(task, monkeypatch):
 def test_refusals(refused, trained):
     assert "--losstype has no effect without --defence True" in refused(legitimate, *LINE, "--losstype", "mse")
     assert "--sigma has no effect without --defence" in refused(legitimate, *LINE, "--sigma", "1")
-    assert "--sigma -1.0 is not 0 or more" in refused(legitimate, *LINE, "--defence", "noise", "--sigma", "-1")
+    assert "--sigma: '-1' is not a number of at least 0" in refused(
+        legitimate, *LINE, "--defence", "noise", "--sigma", "-1"
+    )
     assert "unknown defence 'magic'" in refused(legitimate, *LINE, "--defence", "magic")
     assert "--top-k 300 is more than the 256" in refused(legitimate, *LINE, "--defence", "topk", "--top-k", "300")
 

@@ -1,17 +1,19 @@
 """Judging an encoder: other probes, fine-tuning, and how close a copy is to its victim."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import linear_eval
+import steal
 from data_aug.datasets import load_dataset
-from evaluation import compare, represent_both
+from evaluation import compare, knn_accuracy, represent_both
 from models import load_encoder, read_checkpoint
-from probes import knn_accuracy
-from tests.conftest import COPY, JUDGE, SMALL, VICTIM
+from tests.conftest import COPY, JUDGE, SMALL, STEAL, VICTIM
 from utils import Precision
 
 STOLEN = (*SMALL, "-n", "40", *VICTIM, *COPY, "--losstype", "mse", "--dataset-test", "mnist")
@@ -139,6 +141,84 @@ def test_a_copy_named_by_its_file_has_to_be_what_the_flags_say(flag, value, held
 
 def test_a_copy_named_by_its_file_needs_no_other_flags(call, trained):
     assert call(linear_eval, *JUDGE, "--stolen", trained, "--dataset-test", "mnist")[0] == 0
+
+
+@pytest.fixture
+def defended(call, trained, tmp_path):
+    """Two copies more, stolen against noise of different strength: sigma -> checkpoint."""
+    for sigma in ("1", "2"):
+        noise = ("--defence", "noise", "--sigma", sigma)
+        assert call(steal, *STEAL, "--losstype", "mse", *noise)[0] == 0
+    return {sigma: next(tmp_path.rglob(f"stolen-*sigma={sigma}*/checkpoint.pth.tar")) for sigma in ("1.0", "2.0")}
+
+
+QUICK = (*SMALL, "-n", "40", "--dataset-test", "mnist", "--probe", "knn")
+
+
+@pytest.fixture
+def found(call, tmp_path):
+    """The checkpoint that is judged, and what is printed."""
+
+    def path(*arguments):
+        code, out, err = call(linear_eval, *QUICK, *arguments)
+        assert code == 0, err
+        row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+        return Path(row["checkpoint"]), out
+
+    return path
+
+
+def test_only_flags_that_are_given_decide_and_what_fits_is_named(found, trained):
+    path, out = found()
+    assert path == trained
+    assert f"stolen found: {trained.parent}" in out
+    assert f"linear_eval.py --stolen {trained.parent} --dataset-test mnist --fidelity" in out.splitlines()[-1]
+
+
+def test_a_copy_is_found_by_the_settings_of_any_defence(found, defended, trained, refused):
+    assert found("--sigma", "1")[0] == defended["1.0"]
+    assert found("--defence", "noise", "--sigma", "2")[0] == defended["2.0"]
+    assert found("--defence", "True", "--losstype", "mse", "--sigma", "2")[0] == defended["2.0"]
+    assert found("--defence", "False")[0] == trained
+    text = refused(linear_eval, *QUICK, "--poison-threshold", "0.9")
+    assert "no stolen encoder with" in text
+    assert "poison_threshold 0.9" in text
+
+
+def test_where_several_fit_they_are_numbered_with_what_differs(found, defended, refused):
+    text = refused(linear_eval, *QUICK, "--defence", "noise")
+    assert "2 stolen encoders fit" in text
+    assert re.search(r"NUMBER: 1\) sigma.1\.0; 2\) sigma.2\.0$", text.strip())  # nothing that both have
+    assert found("--defence", "noise", "--stolen", "2")[0] == defended["2.0"]
+    assert "--stolen 3: 2 stolen encoders fit" in refused(linear_eval, *QUICK, "--defence", "noise", "--stolen", "3")
+
+
+def test_a_copy_is_found_below_the_victim_that_is_named(found, trained, victims, refused):
+    assert found("--victim", victims[0].parent.name)[0] == trained
+    assert "no stolen encoder" in refused(linear_eval, *QUICK, "--victim", victims[1])
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "name"])
+def test_encoders_are_named_by_file_folder_or_run(form, found, trained, victims):
+    def spelled(path):
+        return {"file": path, "folder": path.parent, "name": path.parent.name}[form]
+
+    assert found("--stolen", spelled(trained))[0] == trained
+    assert found("--modeltype", "victim", "--victim", spelled(victims[1]))[0] == victims[1]
+
+
+def test_head_and_another_attack_contradict_each_other(refused, trained):
+    assert "--head and --attack rda contradict each other" in refused(linear_eval, *QUICK, "--head", "--attack", "rda")
+    assert "attack stealhead" in refused(linear_eval, *QUICK, "--head")
+
+
+def test_a_finished_evaluation_is_shown_and_not_repeated(found, trained, tmp_path, monkeypatch):
+    found()
+    results = (tmp_path / "checkpoints" / "results.jsonl").read_text()
+    monkeypatch.setattr(linear_eval, "judge_encoder", lambda *arguments: pytest.fail("judged again"))
+    _, out = found("--resume")
+    assert "has its results already" in out
+    assert (tmp_path / "checkpoints" / "results.jsonl").read_text() == results
 
 
 def test_images_without_labels_cannot_judge(refused, trained, tmp_path):

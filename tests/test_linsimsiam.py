@@ -8,9 +8,10 @@ import torch
 
 import linsimsiam
 import stealsimsiam
-from data_aug.pictures import Views, open_pictures
+from data_aug.images import Views, open_pictures
 from data_aug.shapes import make_shapes
 from models import load_encoder, read_checkpoint
+from simclr import SimCLR
 
 SMALL = ("--arch", "resnet10w32", "--size", "32", "-b", "8", "--workers", "0", "--device", "cpu", "--precision", "fp32")
 
@@ -90,23 +91,25 @@ def test_images_that_the_copy_queried_are_no_test_images(judge, copy):
 
 def test_a_copy_is_found_by_flags_or_those_there_are_named(judge, copy, refused):
     line = ("--modeltype", "stolen", "--dataset", "imagenet", "--datasetsteal", "imagenet")
-    error = refused(linsimsiam, *SMALL, *line, "--num_queries", "250000")
-    assert "no stolen-simsiam encoder with datasetsteal imagenet, losstype infonce, num_queries 250000" in error
-    assert f"there: {copy}" in error
+    error = refused(linsimsiam, *SMALL, *line, "--num_queries", "250000", "--losstype", "infonce")
+    assert "no stolen-simsiam encoder with" in error
+    for words in ("datasetsteal imagenet", "losstype infonce", "num_queries 250000", "archstolen resnet10w32"):
+        assert words in error
+    assert f"there: {copy.parent}" in error
     row, _ = judge("--modeltype", "stolen", "--stolen", copy, "--dataset", "imagenet", "--epochs", "1")
     assert row["checkpoint"] == str(copy)
 
 
 def test_augmented_crops_differ_in_each_epoch_and_need_the_encoder(judge, victim, monkeypatch):
     seen = []
-    original = linsimsiam.SimCLR.read_out
+    original = SimCLR.train_probe
 
-    def read_out(self, images, labels, encoder=None):
+    def train_probe(self, images, labels, encoder=None):
         for epoch in (0, 1):
-            seen.append(torch.cat([*images.parts([slice(0, 4)], torch.device("cpu"), epoch)]))
+            seen.extend(batch.images for batch in images.batches([torch.arange(4)], torch.device("cpu"), epoch))
         return original(self, images, labels, encoder)
 
-    monkeypatch.setattr(linsimsiam.SimCLR, "read_out", read_out)
+    monkeypatch.setattr(SimCLR, "train_probe", train_probe)
     row, _ = judge(*victim, "--dataset", "imagenet", "--epochs", "2", "--augment")
     assert row["probe"] == "augmented crops"
     assert not torch.equal(*seen)
@@ -120,7 +123,7 @@ def test_evaluate_judges_again_without_training(judge, victim, refused):
     assert (again["top1"], again["top5"]) == (row["top1"], row["top5"])
     assert "epoch 1/2" not in out
     _, out = judge(*line, "--resume")
-    assert "is there already" in out
+    assert "has its results already" in out
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 """Each loss against its formula in formulas.py, in float64: values and gradients; and what it leads to."""
 
+import functools
+import inspect
 import math
 
 import pytest
 import torch
 
+from attacks import ATTACKS
 from loss import DISTANCES, HEAD_LOSSES, LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES, nt_xent
-from tests.formulas import SLOW, SLOW_TRAINING, slow_labels, slow_mse_between_views, slow_stolenencoder
+from settings import settings_of
+from tests.formulas import SLOW, SLOW_TRAINING, slow_labels, slow_mse_between_views, slow_rda, slow_stolenencoder
+from utils import UserError
 
+TABLES = {"train": TRAIN_LOSSES, "steal": STEAL_LOSSES, "label": LABEL_LOSSES, "head": HEAD_LOSSES}
 SIZES = [(2, 3), (5, 8), (16, 32)]
 
 
@@ -18,10 +24,15 @@ def features(images, dim, views=1, scale=1.0, seed=0):
     return copy, victim
 
 
+def arguments(loss):
+    """The names of a loss's arguments."""
+    return inspect.signature(loss.function).parameters
+
+
 def options_for(loss, images, views, **more):
-    """What a loss takes of: labels, the number of views."""
+    """What a loss needs of: labels, the number of views."""
     available = {"labels": torch.arange(images) % max(2, images // 3), "views": views, **more}
-    return {argument: available[argument] for argument in loss.takes if argument in available}
+    return {argument: value for argument, value in available.items() if argument in arguments(loss)}
 
 
 def test_every_loss_has_a_slow_formula():
@@ -54,19 +65,114 @@ def test_matches_the_formula(name, scale, size):
     assert_agree(STEAL_LOSSES[name], SLOW[name], copy, victim, **options_for(STEAL_LOSSES[name], images, views))
 
 
-@pytest.mark.parametrize("name", [name for name, loss in STEAL_LOSSES.items() if "views" in loss.takes])
-@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("name", [name for name, loss in STEAL_LOSSES.items() if "views" in arguments(loss)])
+@pytest.mark.parametrize("views", [2, 3, 4])
 def test_several_views_match_the_formula(name, views):
     copy, victim = features(6, 8, views)
     assert_agree(STEAL_LOSSES[name], SLOW[name], copy, victim, views=views)
 
 
-@pytest.mark.parametrize("name", [name for name, loss in STEAL_LOSSES.items() if "temperature" in loss.takes])
+@pytest.mark.parametrize("views", [2, 4, 5])
+def test_rda_compares_rows_of_each_view_by_itself(views):
+    """As many rows as views times images, each with its image's prototype: by the formula, and not as other views."""
+    copy, prototypes = features(6, 8, views)
+    victim = prototypes[:6].repeat(views, 1)
+    loss = STEAL_LOSSES["rda"].bind({"temperature": 0.3})
+    value = loss.of_batch(views)(torch.arange(6), copy, victim)
+    expected = slow_rda(copy.double(), victim.double(), temperature=0.3, views=views)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    for others in {1, 2, 3, 6} - {views}:
+        assert not torch.isclose(value, loss(copy[: 6 * others], victim[: 6 * others], views=others), rtol=1e-3)
+    assert_agree(loss, functools.partial(slow_rda, temperature=0.3), copy, victim, views=views)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in STEAL_LOSSES.items() if "temperature" in arguments(loss)])
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 10.0])
 def test_temperature_matches_the_formula(name, temperature):
     loss = STEAL_LOSSES[name]
     copy, victim = features(6, 8, views=2)
     assert_agree(loss, SLOW[name], copy, victim, temperature=temperature, **options_for(loss, 6, 2))
+
+
+BOUND = {"temperature": 0.4, "temperaturesn": 0.7, "lambda_aug": 2.5, "distance": "cosine"}
+
+
+@pytest.mark.parametrize("name", [name for name, loss in STEAL_LOSSES.items() if loss.settings])
+def test_bound_hyper_parameters_are_those_that_the_loss_is_computed_with(name):
+    """By `of_batch` as the trainer calls it, against the formula; an argument of the call has the last word."""
+    loss = STEAL_LOSSES[name]
+    values = {key: BOUND[key] for key in loss.settings}
+    copy, victim = features(6, 8, views=2)
+    options = {settings_of(loss)[key].argument or key: value for key, value in values.items()}
+    expected = SLOW[name](copy.double(), victim.double(), **options_for(loss, 6, 2), **options)
+    labels = torch.arange(20) % 2
+    index = torch.arange(12, 18)  # of whose images the labels are those of `options_for`
+    value = loss.bind(values).of_batch(2, labels if loss.needs_labels else None)(index, copy, victim)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(value, loss(copy, victim, **options_for(loss, 6, 2)), rtol=1e-3)
+    defaults = {argument: arguments(loss)[argument].default for argument in options}
+    again = loss.bind(values)(copy, victim, **options_for(loss, 6, 2), **defaults)
+    torch.testing.assert_close(again, loss(copy, victim, **options_for(loss, 6, 2)))
+    assert loss.values == {}  # binding makes another loss
+
+
+@pytest.mark.parametrize("table", TABLES, ids=TABLES)
+def test_declared_defaults_are_those_of_the_function(table):
+    """`loss(copy, victim)` by itself and a script without flags compute the same.
+
+    But for Cont-Steal's temperature: the function has the published one, as the attack's preset does, --losstype not.
+    """
+    for name, loss in TABLES[table].items():
+        for key, declared in settings_of(loss).items():
+            default = arguments(loss)[declared.argument or key].default
+            assert (default, declared.default) == (default, 0.07 if name == "contsteal" else default)
+    assert ATTACKS["cont-steal"]["temperature"] == arguments(STEAL_LOSSES["contsteal"])["temperature"].default
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("infonce", {"temperature": 0.0}),
+        ("infonce", {"temperature": math.nan}),
+        ("softnn", {"temperaturesn": -1.0}),
+        ("stolenencoder", {"distance": "l3"}),
+        ("stolenencoder", {"lambda_aug": -0.5}),
+    ],
+    ids=str,
+)
+def test_hyper_parameters_out_of_range_are_refused(name, values):
+    ((key, value),) = values.items()
+    with pytest.raises(UserError, match=f"--{key.replace('_', '-')} {value} ") as caught:
+        STEAL_LOSSES[name].bind(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=TABLES)
+def test_presets_are_those_of_the_table(table):
+    for name, loss in TABLES[table].items():
+        assert loss.presets == {
+            "batch_size": loss.batch_size,
+            "lr": loss.lr,
+            "weight_decay": loss.weight_decay,
+            "optimizer": loss.optimizer,
+            "momentum": loss.momentum,
+        }, name
+
+
+def test_presets_of_published_recipes():
+    """A weight decay that is another one than the default is easily lost."""
+    decays = {name: loss.presets["weight_decay"] for name, loss in STEAL_LOSSES.items()}
+    assert decays == {
+        **dict.fromkeys(STEAL_LOSSES, 1e-4),
+        **{"contsteal": 0.0, "rda": 0.0, "stolenencoder": 5e-4},
+    }
+    assert TRAIN_LOSSES["supervised"].presets == {
+        **{"batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "optimizer": "sgd", "momentum": 0.9}
+    }
+    assert LABEL_LOSSES["direct"].presets["weight_decay"] == 8e-4
+    assert LABEL_LOSSES["knockoff"].presets == {
+        **{"batch_size": 64, "lr": 0.01, "weight_decay": 5e-4, "optimizer": "sgd", "momentum": 0.5}
+    }
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

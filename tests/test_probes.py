@@ -6,8 +6,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from probes import classes_of, knn_accuracy, linear_probe, logistic_regression, mlp_probe, topk_accuracy
-from utils import seeded
+from evaluation.probes import (
+    STRENGTHS,
+    Probe,
+    classes_of,
+    evaluate,
+    knn_accuracy,
+    linear_probe,
+    logistic_regression,
+    mlp_probe,
+    scores_by,
+    topk_accuracy,
+)
+from utils import generator, seeded
 
 
 @pytest.fixture
@@ -57,6 +68,29 @@ def test_regression_of_pure_noise_prefers_a_strong_penalty():
     draw = torch.Generator().manual_seed(0)
     features, labels = torch.randn(300, 200, generator=draw), torch.randint(0, 10, (300,), generator=draw)
     assert logistic_regression((features, labels), (features, labels)).scores["strength"] >= 1e-3
+
+
+def test_regression_takes_the_penalty_that_is_best_on_the_held_out_tenth():
+    """A rare class beyond a threshold: under a strong penalty everything is taken for the other class."""
+    draw = torch.Generator().manual_seed(0)
+
+    def sample(number):
+        features = torch.randn(number, 5, generator=draw)
+        return features, (features[:, 0] > 1.3).long()
+
+    train, test = sample(800), sample(400)
+    classifier = logistic_regression(train, test)
+    features, labels = (train[0] - train[0].mean(dim=0)) / train[0].std(dim=0), train[1]
+    order = torch.randperm(800, generator=generator(0, "held-out tenth"))
+    held_out, rest = order[:80], order[80:]
+    accuracy = {}
+    for strength in STRENGTHS:
+        reference = LogisticRegression(C=1 / (strength * len(rest)), tol=1e-8, max_iter=5000)
+        reference.fit(features[rest].numpy(), labels[rest].numpy())
+        accuracy[strength] = reference.score(features[held_out].numpy(), labels[held_out].numpy())
+    assert accuracy[STRENGTHS[0]] < max(accuracy.values()) - 0.04
+    assert accuracy[classifier.scores["strength"]] == pytest.approx(max(accuracy.values()), abs=1 / 79)
+    assert classifier.scores["top1"] > 96
 
 
 def test_linear_probe_is_adam_on_cross_entropy(clusters):
@@ -143,3 +177,18 @@ def test_knn_agrees_with_scikit_learn(clusters, k):
 def test_knn_with_fewer_images_than_k():
     features, labels = torch.eye(4), torch.arange(4)
     assert knn_accuracy((features, labels), (features, labels), k=200) == 100
+
+
+def test_each_probe_gives_the_scores_that_it_measures(clusters):
+    seen = []
+    settings = {"probe_epochs": 2, "batch_size": 50, "lr": 0.01}
+    scores, state = scores_by(Probe("linear", **settings), *clusters, 3, lambda epoch, found: seen.append(epoch))
+    expected, linear = evaluate(*clusters, 0.01, 3, epochs=2, batch_size=50)
+    assert scores == expected
+    assert torch.equal(state["fc.weight"], linear.weight)
+    assert torch.equal(state["fc.bias"], linear.bias)
+    assert seen == [0, 1]
+    layers = mlp_probe(*clusters, 0.01, 3, epochs=2, batch_size=50)
+    of_layers = {name: layers.scores[name] for name in ("top1", "top5")}
+    assert scores_by(Probe("mlp", **settings), *clusters, 3) == (of_layers, {})
+    assert scores_by(Probe("knn"), *clusters) == ({"knn": knn_accuracy(*clusters)}, {})

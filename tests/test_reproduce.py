@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import reproduce
-from reproduce import Attack, Experiment, Point, table
+from experiments.runner import Attacker, Experiment, Point, _curve, results_table
 from tests.conftest import ROOT
 from utils import UserError
 
@@ -97,24 +97,24 @@ def test_a_script_that_fails_ends_the_experiment_in_one_line(write, tmp_path, mo
 def row(accuracy, seed, strength=None, user=50.0, **more):
     copy = {"top1_converged": accuracy, "knn": accuracy - 1, "queries": 100, "distinct": 50}
     return {
-        **{"attack": Attack("mse", "", stream="s"), "point": Point("noise", strength, ""), "seed": seed},
+        **{"attack": Attacker("mse", "", stream="s"), "point": Point("noise", strength, ""), "seed": seed},
         **{"copy": copy, "user": {"top1_converged": user}, **more},
     }
 
 
 def test_a_mean_has_an_interval_from_three_seeds_on():
-    lines = table([row(40, 0), row(42, 1), row(44, 2), row(30, 0, 0.5), row(32, 1, 0.5)]).splitlines()
+    lines = results_table([row(40, 0), row(42, 1), row(44, 2), row(30, 0, 0.5), row(32, 1, 0.5)]).splitlines()
     assert "| noise | mse | 42.0 ± 2.0 | 41.0 ± 2.0 | 50.0 | 100 (50) |" in lines[2]
     assert "| noise 0.5 | mse | 31.0 | 30.0 | 50.0 |" in lines[3]
 
 
 def test_detection_and_ownership_are_shown_where_they_are_known():
     verified = {"accuracy": 61.23, "p_t": 0.0123, "p_binomial": 1e-9, "p_encoders": 0.04}
-    line = table([row(40, 0, detection={"auc_s": 0.876}, verified=verified)]).splitlines()[-1]
+    line = results_table([row(40, 0, detection={"auc_s": 0.876}, verified=verified)]).splitlines()[-1]
     assert line.endswith("| 0.88 | 61.2 | 1e-09 | 0.012 | 0.04 |")
-    assert table([row(40, 0)]).splitlines()[-1].endswith("|  |  |  |  |  |")
+    assert results_table([row(40, 0)]).splitlines()[-1].endswith("|  |  |  |  |  |")
 
 
 def test_a_curve_goes_through_the_strengths_in_their_order():
-    points = reproduce._curve([row(40, 0, 2.0, 48.0), row(44, 1, 2.0, 48.0), row(30, 0, 1.0, 49.0)])
+    points = _curve([row(40, 0, 2.0, 48.0), row(44, 1, 2.0, 48.0), row(30, 0, 1.0, 49.0)])
     assert points == [(42, 48.0, 2.0), (30, 49.0, 1.0)]

@@ -1,7 +1,8 @@
-"""Names that no two settings share, and finding what earlier runs made."""
+"""Names that no two settings share, finding what earlier runs made, and listing it."""
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +10,17 @@ import yaml
 
 import run
 import runs
-from runs import home_of, locate
+from runs import VictimChoice, home_of, locate
+from settings import Parser
+from training.run import Record, run_name
 from utils import UserError
 
 
-def name_of(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    parser, args = module.parse()
-    return runs.run_name("x", parser, args, ("dataset", "epochs"))
+def name_of(*arguments):
+    return run_name(run.parse(arguments))
 
 
-def test_every_setting_that_matters_distinguishes_names(monkeypatch):
+def test_every_setting_that_matters_distinguishes_names():
     variants = [
         [],
         ["--dataset", "svhn"],
@@ -38,17 +39,11 @@ def test_every_setting_that_matters_distinguishes_names(monkeypatch):
         ["--precision", "bf16"],
         ["--n-views", "3"],
     ]
-    names = [name_of(run, monkeypatch, *variant) for variant in variants]
+    names = [name_of(*variant) for variant in variants]
     assert len(set(names)) == len(variants)
     same = [["--lr", "3e-4"], ["-b", "256"], ["--device", "cpu"], ["-data", "x"], ["--resume"], ["--workers", "1"]]
-    assert {name_of(run, monkeypatch, *variant) for variant in same} == {names[0]}
+    assert {name_of(*variant) for variant in same} == {names[0]}
     assert all(re.fullmatch(r"[\w.=+-]+", name) for name in names)
-
-
-def test_what_the_folder_above_stands_for_is_not_repeated(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run", "--dataset", "svhn", "--arch", "resnet18", "--n-views", "3"])
-    parser, args = run.parse()
-    assert runs.run_name("x", parser, args, ("epochs", "seed"), implied=("dataset", "arch")) == "x-200ep-seed0-nviews=3"
 
 
 @pytest.fixture
@@ -57,7 +52,7 @@ def make_run(tmp_path):
 
     def made(name, kind="victim", **settings):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "config.yml").write_text(yaml.safe_dump({"kind": kind, "settings": settings}))
         (folder / "checkpoint.pth.tar").touch()
         return folder / "checkpoint.pth.tar"
@@ -65,60 +60,71 @@ def make_run(tmp_path):
     return made
 
 
-def test_find_run_prefers_step_by_step_and_lists_what_it_cannot_decide(make_run, tmp_path):
-    first, second = make_run("a", arch="x", seed=0, lr=1), make_run("b", arch="x", seed=1, lr=1)
-    make_run("c", kind="stolen", arch="x", seed=0)
-    assert runs.find_run(tmp_path, "victim", {"arch": "x"}, {"seed": 1}) == second
-    assert runs.find_run(tmp_path, "victim", {"arch": "x"}, {}, besides=second) == first
-    with pytest.raises(UserError, match=r"several victim encoders with arch x: .*/a/.*/b/.*; give --victim PATH"):
-        runs.find_run(tmp_path, "victim", {"arch": "x"}, {"seed": 7})
-    with pytest.raises(UserError, match=r"no victim encoder with arch y .*/a/.*; or give --independent PATH"):
-        runs.find_run(tmp_path, "victim", {"arch": "y"}, {}, flag="--independent")
+@pytest.fixture
+def find(tmp_path):
+    """`runs.find` of a victim below the test's folder, by a command line."""
+
+    def found(line="", wanted=None, **options):
+        command = Parser("test", [VictimChoice], kind="x").parse(line.split())
+        return runs.find(command, "victim", "victim", wanted or {}, tmp_path, **options)
+
+    return found
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_that_fits_is_taken_and_named(make_run, find, capsys):
+    first, second = make_run("a", arch="x", seed=0, defence=None), make_run("b", arch="y", seed=1, defence="noise")
+    make_run("c", kind="stolen", arch="x")
+    assert find(wanted={"arch": "x"}) == first
+    assert "victim found: " in capsys.readouterr().out
+    assert find(wanted={"defence": "noise"}) == second
+    assert find(wanted={"defence": None, "repeat": False}) == first  # what was not in force is off
+    assert find(besides=second) == first
+
+
+def test_several_that_fit_are_listed_with_what_differs_and_chosen_by_number(make_run, find):
+    first = make_run("victim-x-seed0-lr=1", arch="x", seed=0, lr=1, defence=None)
+    second = make_run("victim-x-seed1-lr=1-defence=noise", arch="x", seed=1, lr=1, defence="noise")
+    with pytest.raises(UserError) as listed:
+        find(wanted={"arch": "x"})
+    assert "2 victim encoders fit arch x, choose by --victim NUMBER: " in str(listed.value)
+    assert str(listed.value).endswith(": 1) seed0; 2) seed1 defence=noise")
+    assert [find(f"--victim {number}", {"arch": "x"}) for number in (1, 2)] == [first, second]
+    with pytest.raises(UserError, match="--victim 3: 2 victim encoders fit arch x"):
+        find("--victim 3", {"arch": "x"})
+    assert find(wanted={"arch": "x"}, preferred={"seed": 1}) == second
+    with pytest.raises(UserError, match="2 victim encoders fit"):
+        find(wanted={"arch": "x"}, preferred={"seed": 7})
+
+
+def test_none_that_fits_names_what_is_there(make_run, find):
+    make_run("a", arch="x")
+    with pytest.raises(UserError, match=r"no victim encoder with arch y in .*; there: .*a; or give --victim PATH"):
+        find(wanted={"arch": "y"})
+
+
+def test_a_path_a_folder_or_a_name_is_taken_as_it_is(make_run, find, tmp_path):
+    path = make_run("home/a", arch="x")
+    for word in (path, path.parent, "a", "home/a"):
+        assert find(f"--victim {word}", {"arch": "other"}) == path
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
 
 
 def test_home_of_a_file_from_elsewhere_is_named_by_its_content(make_run, tmp_path):
-    own = make_run("a")
-    assert runs.home_of(own, tmp_path) == own.parent
+    path = make_run("a")
+    assert home_of(path, tmp_path) == path.parent
     homes = set()
     for text in ("1", "2"):
         path = tmp_path / f"other{text}" / "model.pth.tar"
         path.parent.mkdir()
         path.write_text(text)
-        homes.add(runs.home_of(path, tmp_path / "runs").name)
+        homes.add(home_of(path, tmp_path / "runs").name)
     assert len(homes) == 2
     assert all(re.fullmatch(r"model-[0-9a-f]{8}", home) for home in homes)
-
-
-def test_interrupted_runs_are_refused_and_files_of_2022_are_not(tmp_path):
-    runs.check_finished({"epoch": 200, "arch": "resnet34"}, tmp_path)
-    runs.check_finished({"epoch": 2, "settings": {"epochs": 2}}, tmp_path)
-    with pytest.raises(UserError, match="stopped after epoch 1 of 2"):
-        runs.check_finished({"epoch": 1, "settings": {"epochs": 2}}, tmp_path)
-
-
-def test_ledger_figures_count_an_image_once_whichever_accounts_asked():
-    digests = torch.arange(48, dtype=torch.uint8)  # three images
-    ledger = {
-        "a": {"queries": 5, "calls": 1, "images": digests[:32]},
-        "b": {"queries": 2, "calls": 1, "images": digests[16:]},
-    }
-    assert runs.ledger_figures({"ledger": ledger}) == {"queries": 7, "distinct": 3}
-    assert runs.ledger_figures({}) == {"queries": 0, "distinct": 0}
-
-
-def test_locate_takes_paths_folders_and_names(tmp_path):
-    for name in ("a/x", "b/x", "b/y", "other"):
-        (tmp_path / name).mkdir(parents=True)
-        if name != "other":
-            (tmp_path / name / "checkpoint.pth.tar").touch()
-    found = {name: locate(tmp_path.__class__(name), tmp_path) for name in ("y", "a/x", "nothing", "other")}
-    assert found["y"] == tmp_path / "b" / "y" / "checkpoint.pth.tar"
-    assert found["a/x"] == tmp_path / "a" / "x" / "checkpoint.pth.tar"
-    assert str(found["nothing"]) == "nothing"
-    assert locate(tmp_path / "other", tmp_path) == tmp_path / "other"
-    assert locate(tmp_path / "b" / "y", tmp_path / "a") == found["y"]
-    with pytest.raises(UserError, match=r"several runs are named x: .*/a/x/.*/b/x/"):
-        locate(tmp_path.__class__("x"), tmp_path)
 
 
 def test_the_home_of_a_folder_follows_its_content(tmp_path):
@@ -129,3 +135,80 @@ def test_the_home_of_a_folder_follows_its_content(tmp_path):
     assert first.name.startswith("bought-")
     (folder / "config.json").write_text("2")
     assert home_of(folder, tmp_path) != first
+
+
+def test_locate_takes_paths_folders_and_names(tmp_path):
+    for name in ("a/x", "b/x", "b/y", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        if name != "other":
+            (tmp_path / name / "checkpoint.pth.tar").touch()
+    found = {name: locate(Path(name), tmp_path) for name in ("y", "a/x", "nothing", "other")}
+    assert found["y"] == tmp_path / "b" / "y" / "checkpoint.pth.tar"
+    assert found["a/x"] == tmp_path / "a" / "x" / "checkpoint.pth.tar"
+    assert str(found["nothing"]) == "nothing"
+    assert locate(tmp_path / "other", tmp_path) == tmp_path / "other"
+    assert locate(tmp_path / "b" / "y", tmp_path / "a") == found["y"]
+    with pytest.raises(UserError, match=r"several runs are named x: .*/a/x/.*/b/x/"):
+        locate(Path("x"), tmp_path)
+
+
+# ---- what a checkpoint says ------------------------------------------------------------------------------------------
+
+
+def test_interrupted_runs_are_refused_and_files_of_2022_are_not(tmp_path):
+    runs.check_finished({"epoch": 200, "arch": "resnet34"}, tmp_path)
+    runs.check_finished({"epoch": 2, "settings": {"epochs": 2}}, tmp_path)
+    with pytest.raises(UserError, match="stopped after epoch 1 of 2"):
+        runs.check_finished({"epoch": 1, "settings": {"epochs": 2}}, tmp_path)
+
+
+def test_a_records_figures_count_an_image_once_whichever_accounts_asked():
+    digests = torch.arange(48, dtype=torch.uint8)  # three images
+    ledger = {
+        "a": {"queries": 5, "calls": 1, "images": digests[:32]},
+        "b": {"queries": 2, "calls": 1, "images": digests[16:]},
+    }
+    assert Record.of({"ledger": ledger}).figures() == {"queries": 7, "distinct": 3}
+    assert Record.of({}).figures() == {"queries": 0, "distinct": 0}
+
+
+def test_a_record_survives_a_checkpoint_and_reads_older_ones():
+    record = Record(
+        query_set={"dataset": "svhn", "split": "train", "images": 2},
+        query_indices=torch.tensor([3, 1]),
+        query_digests=torch.zeros(2, 16, dtype=torch.uint8),
+        ledger={"a": {"queries": 2, "calls": 1, "images": torch.zeros(16, dtype=torch.uint8)}},
+        defence_report={"buckets_coverage": 1.5},
+    )
+    again = Record.of({**record.state_dict(), "epoch": 3})
+    assert again.figures() == {"queries": 2, "distinct": 1, "buckets_coverage": 1.5}
+    assert torch.equal(again.query_indices, record.query_indices)
+    assert Record.of({"met": {"poisoned": 4.0}}).defence_report == {"poisoned": 4.0}
+    assert Record().state_dict() == {}
+
+
+# ---- listing ---------------------------------------------------------------------------------------------------------
+
+
+def listed(monkeypatch, capsys, folder):
+    monkeypatch.setattr(sys, "argv", ["runs.py", "--checkpoint-dir", str(folder / "checkpoints")])
+    runs.main()
+    return capsys.readouterr().out
+
+
+def test_the_list_has_victims_copies_below_them_and_their_results(trained, tmp_path, monkeypatch, capsys):
+    lines = listed(monkeypatch, capsys, tmp_path).splitlines()
+    victims = [line for line in lines if not line.startswith(" ")]
+    assert len(victims) == 3
+    copy = next(line for line in lines if "stolen-svhn" in line)
+    assert copy.startswith("    stolen-svhn-resnet10w32-mse-24q")
+    above = [line for line in lines[: lines.index(copy)] if not line.startswith(" ")][-1]
+    assert "victim-cifar10-resnet10w32-infonce" in above
+    assert any(line.startswith("        model victim") and "top1" in line for line in lines)
+
+
+def test_a_folder_without_runs_says_so(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        listed(monkeypatch, capsys, tmp_path)
+    assert stop.value.code == 2
+    assert "no runs in" in capsys.readouterr().err

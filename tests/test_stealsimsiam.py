@@ -9,11 +9,12 @@ import torch
 
 import simclr
 import stealsimsiam
-from data_aug.pictures import Views, open_pictures
+from attacks.client import Client
+from data_aug.images import Views, open_pictures
+from jobs.ending import Stopped
 from loss import STEAL_LOSSES
 from models import load_encoder, read_checkpoint
-from stopping import Stopped
-from victim import Purchases, Victim, image_digests
+from victim import Victim, image_digests
 
 SMALL = ("--arch", "resnet10w32", "--size", "32", "-b", "8", "--workers", "0", "--device", "cpu", "--precision", "fp32")
 
@@ -37,8 +38,8 @@ class Sent(Victim):
 
     seen: ClassVar[list] = []
 
-    def answer(self, images, account="default", total=None):
-        found = super().answer(images, account, total)
+    def query(self, images, account="default", gather=None):
+        found = super().query(images, account, gather)
         self.seen.extend(image_digests(images))
         return found
 
@@ -47,7 +48,7 @@ class Sent(Victim):
 def sent(monkeypatch):
     monkeypatch.setattr(Sent, "seen", [])
     monkeypatch.setattr(stealsimsiam, "Victim", Sent)
-    monkeypatch.setattr(simclr, "Purchases", functools.partial(Purchases, batch_size=4))
+    monkeypatch.setattr(simclr, "Client", functools.partial(Client, batch_size=4))
     return Sent.seen
 
 
@@ -123,31 +124,31 @@ def test_a_killed_attack_pays_for_no_answer_twice(steal, sent, monkeypatch, tmp_
     everything = list(sent)
     assert len(everything) == 16
     sent.clear()
-    ask = Sent.answer
+    ask = Sent.query
 
     def killed(self, *arguments):
         if len(sent) == 8:
             raise Stopped("killed")
         return ask(self, *arguments)
 
-    monkeypatch.setattr(Sent, "answer", killed)
+    monkeypatch.setattr(Sent, "query", killed)
     steal("--epochs", "2", "--seed", "1", "--checkpoint-dir", tmp_path / "again", code=75)
     assert sent == everything[:8]
-    monkeypatch.setattr(Sent, "answer", ask)
+    monkeypatch.setattr(Sent, "query", ask)
     steal("--epochs", "2", "--seed", "1", "--checkpoint-dir", tmp_path / "again", "--resume")
     assert sent == everything
 
 
 def test_answers_lie_in_a_file_as_float16(steal, sent, data, tmp_path, monkeypatch):
     kept = {}
-    original = Purchases.answers
+    original = Client.ask
 
-    def answers(self, count):
+    def ask(self, *arguments):
+        kept["answers"] = original(self, *arguments)
         kept["bytes"] = self.keep.stat().st_size
-        kept["answers"] = original(self, count)
         return kept["answers"]
 
-    monkeypatch.setattr(Purchases, "answers", answers)
+    monkeypatch.setattr(Client, "ask", ask)
     steal("--epochs", "1")
     assert kept["bytes"] == 16 * (16 + 2 * 256)
     assert isinstance(kept["answers"], np.memmap)

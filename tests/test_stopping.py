@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from stopping import SAVED, Stopped, deferred, received, script
+from jobs.ending import SAVED, UNREAD, Stopped, deferred, received, script
 from tests import jobs
-from tests.conftest import ROOT
 from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def ends_of(processes, work, *arguments, capfd):
@@ -116,6 +118,74 @@ def test_a_traceback_stays_one_and_an_error_of_the_user_one_line(capsys):
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: two lines\n"
 
+
+# ---- output that nobody reads ----------------------------------------------------------------------------------------
+
+PRINTING = """
+import sys
+from jobs.ending import script
+from utils import UserError
+
+@script
+def main():
+    sys.stdin.read()  # until the test has closed the other end of the pipe
+    print("a table", flush=sys.argv[1] == "flushed")
+    if sys.argv[1] == "refused":
+        raise UserError("bees")
+    if sys.argv[1] == "bug":
+        raise ZeroDivisionError("bees")
+    if sys.argv[1] == "exit":
+        sys.exit(3)
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "last"),
+    [
+        ("flushed", UNREAD, ""),
+        ("buffered", UNREAD, ""),
+        ("exit", 3, ""),
+        ("refused", 2, "error: bees"),
+        ("bug", 1, "ZeroDivisionError: bees"),
+    ],
+)
+def test_a_closed_pipe_ends_a_script_quietly(how, code, last):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    started = subprocess.Popen([sys.executable, "-c", PRINTING, how], env=environment, text=True, **pipes)
+    started.stdout.close()
+    started.stdin.close()
+    err = started.stderr.read()
+    assert started.wait(timeout=60) == code == {"flushed": 141, "buffered": 141}.get(how, code)
+    assert err.rstrip("\n").rpartition("\n")[2] == last
+    assert "Exception ignored" not in err
+    assert "BrokenPipeError" not in err
+
+
+def test_another_pipe_that_breaks_is_an_error(capsys):
+    @script
+    def main():
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.write(writing, b"x")
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fails", "code", "text"), [(False, UNREAD, ""), (True, 2, "error: bees\n")])
+def test_a_closed_pipe_ends_all_processes_of_a_job(fails, code, text, capfd):
+    codes, err, _ = ends_of(2, jobs.print_to_nobody, fails, capfd=capfd)
+    assert codes == [code, code]
+    assert err == text
+
+
+# ---- a run that is told to stop --------------------------------------------------------------------------------------
 
 RUN = (
     *("run.py", "--dataset", "npz:../tiny.npz", "--arch", "resnet10w32", "--epochs", "4", "-b", "16"),

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from stopping import script
+from jobs.ending import script
+from training.run import Run
 from utils import (
     Precision,
-    Run,
     UserError,
     atomic_path,
     choose_device,
@@ -20,6 +20,8 @@ from utils import (
     save_checkpoint,
     seeded,
 )
+
+FP32 = Precision("fp32", torch.device("cpu"))
 
 
 def test_seeds_differ_by_every_argument():
@@ -105,11 +107,11 @@ def test_full_disk_is_a_user_error_and_leaves_the_old_checkpoint(tmp_path, monke
 
 
 def test_run_folder_has_everything(tmp_path):
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", FP32, {"kind": "victim", "settings": {"lr": 0.1}})
     assert not run.folder.exists()  # opening writes nothing
-    run.start({"kind": "victim", "settings": {"lr": 0.1}})
+    run.start()
     run.say("hello")
-    run.record(10, {"epoch": 0, "loss": 1.5})
+    run.log(10, {"epoch": 0, "loss": 1.5})
     run.finish()
     assert yaml.safe_load((run.folder / "config.yml").read_text())["settings"] == {"lr": 0.1}
     assert "hello" in (run.folder / "run.log").read_text()
@@ -125,31 +127,31 @@ def scalars(folder):
 
 
 def test_resumed_run_drops_what_comes_again(tmp_path):
-    run = Run(tmp_path / "run", tmp_path / "events")
-    run.start({"kind": "victim"})
+    run = Run(tmp_path / "run", FP32, events=tmp_path / "events")
+    run.start()
     for epoch in range(3):
-        run.record(epoch, {"epoch": epoch, "loss": float(epoch)})
+        run.log(epoch, {"epoch": epoch, "loss": float(epoch)})
     run.finish()
     with run.metrics.open("a") as file:
         file.write('{"epoch": 3, "lo')  # a kill in the middle of a line
-    run = Run(tmp_path / "run", tmp_path / "events")
-    run.start({"kind": "victim"}, from_epoch=2)
-    run.record(2, {"epoch": 2, "loss": 20.0})
+    run = Run(tmp_path / "run", FP32, events=tmp_path / "events")
+    run.start(from_epoch=2)
+    run.log(2, {"epoch": 2, "loss": 20.0})
     run.finish()
-    assert [record["loss"] for record in run.records()] == [0.0, 1.0, 20.0]
+    assert [record["loss"] for record in run.lines()] == [0.0, 1.0, 20.0]
     assert scalars(tmp_path / "events")["loss"] == [(0, 0.0), (1, 1.0), (2, 20.0)]
 
 
 @pytest.mark.parametrize("clear", [True, False])
 def test_clear_deletes_the_earlier_log(clear, tmp_path):
     for text in ("first", "second"):
-        run = Run(tmp_path / "run")
-        run.start({"kind": "victim"}, clear=clear)
+        run = Run(tmp_path / "run", FP32, clear=clear)
+        run.start()
         run.say(text)
-        run.record(0, {"epoch": 0, "loss": 1.0})
+        run.log(0, {"epoch": 0, "loss": 1.0})
         run.finish()
     assert ("first" in (run.folder / "run.log").read_text()) is not clear
-    assert len(run.records()) == (1 if clear else 2)
+    assert len(run.lines()) == (1 if clear else 2)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_importing_everything_does_nothing():
     """No output, no file, and torch's global generator and default precision as they were."""
     code = (
         "import torch, sys; before = torch.get_rng_state()\n"
-        "import run, steal, linear_eval, simclr, victim, evaluation, loss, options, models, data_aug.datasets\n"
+        "import run, steal, linear_eval, simclr, victim, evaluation, loss, settings, runs, models, attacks.buy\n"
         "assert torch.equal(torch.get_rng_state(), before)"
     )
     from tests.conftest import ROOT

@@ -14,9 +14,17 @@ import steal
 import verify
 from data_aug.datasets import load_dataset, take_balanced
 from defenses.watermark import WatermarkMLP
+from evaluation.ownership import (
+    Candidate,
+    OwnershipTest,
+    judge_inference,
+    judge_watermark,
+    training_images,
+    unseen_images,
+)
+from evaluation.statistics import cohens_d, distance_from, further_draw, roc, sign_test, welch
+from evaluation.verdict import passes
 from models import build_encoder, load_encoder, read_checkpoint
-from ownership import Judged, judge_inference, judge_watermark, training_images, unseen_images
-from statistical_tests import cohens_d, distance_from, further_draw, roc, sign_test, welch
 from tests.conftest import call_main
 from tests.test_watermark import lit
 from utils import save_checkpoint, seeded
@@ -177,7 +185,7 @@ def test_tests_against_independent_encoders_are_of_images_and_of_encoders():
     assert figures["p_encoders"] == pytest.approx(further_draw(figures["accuracy"], shares), rel=1e-4)
     # Thousands of images tell it from the others; among encoders that differ so much it is one of them.
     assert figures["p_t"] < 0.01 < 0.05 < figures["p_encoders"]
-    assert not verify.passes(figures, 0.05)
+    assert not passes(figures, 0.05)
     assert "p_encoders" not in judge_watermark(own, others[:1])
 
 
@@ -195,31 +203,30 @@ def test_dataset_inference_is_judged_by_its_effect_among_encoders():
 # ---- which images ----
 
 
-def judged(paths, name):
-    return Judged("suspect", paths[name], read_checkpoint(paths[name]), load_encoder(paths[name]))
+def candidate(paths, name):
+    return Candidate("suspect", paths[name], read_checkpoint(paths[name]), load_encoder(paths[name]))
 
 
-def arguments_of(paths, **values):
-    settings = read_checkpoint(paths["victim"])["settings"]
-    args = verify.Namespace(data="datasets", num_test=None, **values)
-    return args, settings["dataset"]
+def dataset_of_victim(paths):
+    return read_checkpoint(paths["victim"])["settings"]["dataset"]
 
 
 def test_what_a_copy_queried_is_tested_on_no_encoder(encoders):
     _, paths = encoders
-    args, dataset = arguments_of(paths)
+    dataset = dataset_of_victim(paths)
     test = load_dataset(dataset, "datasets", "test")[0]
-    assert len(unseen_images(args, dataset, [judged(paths, "copy1")])) == 1040
-    kept = unseen_images(args, dataset, [judged(paths, name) for name in ("copy1", "stolen")])
+    assert len(unseen_images(OwnershipTest(), dataset, "datasets", [candidate(paths, "copy1")])) == 1040
+    both = [candidate(paths, name) for name in ("copy1", "stolen")]
+    kept = unseen_images(OwnershipTest(), dataset, "datasets", both)
     assert torch.equal(kept, test[-1000:])
 
 
 def test_the_victims_training_images_are_those_that_run_took(encoders):
     _, paths = encoders
-    args, dataset = arguments_of(paths)
+    dataset = dataset_of_victim(paths)
     images, labels = load_dataset(dataset, "datasets", "train")
     expected = images[take_balanced(labels, 112, 0)]
-    assert torch.equal(training_images(args, dataset, judged(paths, "victim")), expected)
+    assert torch.equal(training_images(dataset, "datasets", candidate(paths, "victim")), expected)
 
 
 # ---- verdicts ----
@@ -256,7 +263,7 @@ def test_independents_are_judged_beside_the_others(verified):
 
 @pytest.mark.parametrize(
     ("independents", "words"),
-    [((), "by the binomial test against 50 % alone, not held against"), ((1,), "; not held against the spread")],
+    [((), "by the binomial test against 50 % alone, not compared with"), ((1,), "; not compared with the spread")],
 )
 def test_a_verdict_says_what_it_lacks(independents, words, verified):
     out = verified("watermark", ["copy1"], independents, *FEW)
@@ -293,9 +300,25 @@ def test_the_same_command_gives_the_same_and_resume_only_shows_it(verified, enco
     first, second = verified(*arguments), verified(*arguments)
     assert table_of(first) == table_of(second)
     again = verified(*arguments, "--resume", "True")
-    assert "is there already" in again
+    assert "has its results already" in again
     assert f"{paths['copy2']}: stolen at level" in again
     assert "|" not in again
+
+
+def test_encoders_are_named_by_file_folder_or_run(call, encoders):
+    folder, paths = encoders
+    tables = []
+    for spelled in (lambda path: path, lambda path: path.parent, lambda path: path.parent.name):
+        suspect, independent = spelled(paths["stolen"]), spelled(paths["independent1"])
+        named = ("--victim", spelled(paths["victim"]), "--suspect", suspect, "--independent", independent)
+        line = ("--method", "watermark", *named, "--num-test", "40", "--device", "cpu", "--precision", "fp32")
+        code, out, err = call(verify, *line, folder=folder)
+        assert code == 0, err
+        tables.append(table_of(out))
+        row = json.loads((folder / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+        assert (row["checkpoint"], row["victim"]) == (str(paths["stolen"]), str(paths["victim"]))
+        assert out.splitlines()[-1].startswith(f"next: python detect.py --victim {paths['victim'].parent}")
+    assert tables[0] == tables[1] == tables[2]
 
 
 # ---- refusals ----
@@ -319,8 +342,8 @@ def refuses(refused, encoders):
         ({"victim": "independent1"}, "holds no watermark's MLP"),
         ({"suspect": "nowhere.pth.tar"}, "no checkpoint at nowhere.pth.tar"),
         ({"victim": "copy1", "method": "dataset-inference"}, "does not say which data set it was trained on"),
-        (("--level", "1"), "'1' is not between 0 and 1"),
-        (("--level", "0"), "not a number above 0"),
+        (("--level", "1"), "'1' is not a number above 0 and below 1"),
+        (("--level", "0"), "is not a number above 0 and below 1"),
         (("--num-test", "1041"), "the test split of"),
         (("--num-test", "1"), "too few for a test"),
         (("--components", "5"), "--components has no effect with --method watermark"),
@@ -360,4 +383,4 @@ def test_files_that_cannot_be_what_they_are_given_as_are_refused(refuses, encode
     unfinished = {**read_checkpoint(paths["victim"]), "epoch": 2}
     save_checkpoint(unfinished, tmp_path / "unfinished.pth.tar")
     assert "stopped after epoch 2 of 4" in refuses(victim=tmp_path / "unfinished.pth.tar")
-    assert WatermarkMLP.kept_as in unfinished
+    assert WatermarkMLP.checkpoint_key in unfinished

@@ -1,4 +1,4 @@
-"""The black box: what it answers, counts, refuses and never changes; and what an attacker keeps of it."""
+"""The black box: what it answers, counts, refuses and never changes; and what an attacker's client keeps of it."""
 
 import copy
 from dataclasses import dataclass, field
@@ -7,11 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+from attacks.client import Client
 from data_aug.datasets import to_float
-from defenses import Defence, build_defences
+from data_aug.images import Stored
+from defenses import DEFENCES, Defence
 from models import build_encoder
 from utils import UserError
-from victim import BudgetExceeded, Ledger, Purchases, Service, Victim, image_digests
+from victim import (
+    Api,
+    BudgetExceeded,
+    Ledger,
+    Victim,
+    digest_tensor,
+    image_digests,
+    pack_digests,
+    unpack_digests,
+    version_of,
+)
 
 
 @dataclass
@@ -21,8 +33,8 @@ class Times(Defence):
     factor: float = 1.0
     seen: list = field(default_factory=list)
 
-    def __call__(self, answers, query):
-        self.seen += [(query.account, query.first + row, digest) for row, digest in enumerate(query.digests)]
+    def __call__(self, answers, call):
+        self.seen += [(call.account, call.first + row, digest) for row, digest in enumerate(call.digests)]
         return self.factor * answers
 
 
@@ -31,13 +43,21 @@ class RememberingTimes(Times):
 
 
 class PlusOne(Defence):
-    def __call__(self, answers, query):
+    def __call__(self, answers, call):
         return answers + 1
 
 
+class Signed(Defence):
+    """Numbers far beyond float16, of both signs."""
+
+    def __call__(self, answers, call):
+        signs = 1 - 2 * (torch.arange(answers.shape[1]) % 2)
+        return (answers + 1) * 1e5 * signs
+
+
 class Same(Defence):
-    def __call__(self, answers, query):
-        self.query = query
+    def __call__(self, answers, call):
+        self.call = call
         return answers
 
 
@@ -50,13 +70,20 @@ def test_answers_are_the_representations(encoder, images):
         torch.testing.assert_close(answers, encoder.eval()(images.float() / 255))
 
 
-def test_a_service_answers_what_it_sells(encoder, images):
-    service = Service(encoder.eval(), "both")
+def test_an_api_answers_its_output(encoder, images):
+    classifier = torch.nn.Linear(256, 5)
     with torch.no_grad():
-        expected = service(images.float() / 255)
-    victim = Victim(service)
-    assert victim.dim == 256 + 16
-    torch.testing.assert_close(victim.query(images), expected)
+        h, z = encoder.eval()(images.float() / 255), encoder.project(images.float() / 255)
+        logits = classifier(h)
+    expected = {"representations": h, "projections": z, "both": torch.cat([h, z], dim=1)}
+    expected |= {"probabilities": logits.softmax(dim=1), "labels": torch.eye(5)[logits.argmax(dim=1)]}
+    for output, answers in expected.items():
+        layer = classifier if output in ("probabilities", "labels") else None
+        victim = Victim(Api(encoder, output, layer))
+        assert victim.dim == answers.shape[1]
+        found = victim.query(images)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, answers)
 
 
 def test_uint8_and_float_are_the_same_query(encoder, images):
@@ -72,13 +99,23 @@ def test_digests_tell_images_apart(images):
     assert [a == b for a, b in zip(image_digests(images), image_digests(other), strict=True)] == [False] + 11 * [True]
 
 
+def test_digests_are_packed_and_unpacked(images):
+    digests = image_digests(images)
+    packed = digest_tensor(images)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (12, 16))
+    assert torch.equal(packed, pack_digests(digests))
+    assert unpack_digests(packed) == unpack_digests(packed.flatten()) == digests
+    assert pack_digests([]).shape == (0, 16)
+
+
 def test_ledger_counts_queries_distinct_images_and_calls_by_account(encoder, images):
     victim = Victim(encoder)
     victim.query(images[:5], account="a")
     victim.query(images[3:8], account="a")
     victim.query(images[:2], account="b")
     assert victim.ledger.summary() == {"queries": 12, "distinct": 8, "calls": 3}
-    by_account = {name: (one.queries, one.distinct, one.calls) for name, one in victim.ledger.accounts.items()}
+    accounts = victim.ledger.accounts
+    by_account = {name: (account.queries, account.distinct, account.calls) for name, account in accounts.items()}
     assert by_account == {"a": (10, 8, 2), "b": (2, 2, 1)}
 
 
@@ -106,18 +143,42 @@ def test_budget_refuses_the_query_that_would_exceed_it(encoder, images):
     assert issubclass(BudgetExceeded, UserError)
 
 
+@pytest.mark.parametrize("account", ["default", "another"])
+def test_the_same_image_asked_again_is_paid_for_again(account, encoder, images):
+    """The budget counts queries, not distinct images: over calls, within a call, and whoever asks."""
+    victim = Victim(encoder, budget=1)
+    with pytest.raises(BudgetExceeded, match=r"2 images would exceed the budget of 1: 0 are spent"):
+        victim.query(images[[0, 0]])
+    victim.query(images[:1])
+    with pytest.raises(BudgetExceeded, match=r"1 images would exceed the budget of 1: 1 are spent"):
+        victim.query(images[:1], account)
+    assert victim.ledger.summary() == {"queries": 1, "distinct": 1, "calls": 1}
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_a_client_that_asks_again_pays_again(repeat, encoder, images):
+    """By itself, and for `repeat` askings of each image."""
+    victim = Victim(encoder, budget=12 * repeat)
+    Client(victim, repeat=repeat, batch_size=5).ask(Stored(images), torch.arange(12))
+    assert (victim.ledger.queries, victim.ledger.distinct) == (12 * repeat, 12)
+    with pytest.raises(BudgetExceeded):
+        Client(victim).ask(Stored(images[:1]), torch.arange(1))
+    with pytest.raises(BudgetExceeded):
+        Client(Victim(encoder, budget=12 * repeat), repeat=repeat + 1).ask(Stored(images), torch.arange(12))
+
+
 def test_queries_change_nothing_in_the_encoder(encoder, images):
     encoder.train()
     before = copy.deepcopy(encoder.state_dict())
     victim = Victim(encoder)
-    inside = copy.deepcopy(victim._service.state_dict())
+    inside = copy.deepcopy(victim._api.state_dict())
     victim.query(images)
     victim.query(images * 0)
-    for state, earlier in ((encoder.state_dict(), before), (victim._service.state_dict(), inside)):
+    for state, earlier in ((encoder.state_dict(), before), (victim._api.state_dict(), inside)):
         assert all(torch.equal(value, earlier[key]) for key, value in state.items())
     assert encoder.training
-    assert not any(module.training for module in victim._service.modules())
-    assert not any(parameter.requires_grad for parameter in victim._service.parameters())
+    assert not any(module.training for module in victim._api.modules())
+    assert not any(parameter.requires_grad for parameter in victim._api.parameters())
 
 
 def test_training_the_original_does_not_change_the_answers(encoder, images):
@@ -131,7 +192,7 @@ def test_training_the_original_does_not_change_the_answers(encoder, images):
 
 def test_version_follows_the_weights(encoder):
     version = Victim(encoder).version
-    assert version == Victim(encoder).version
+    assert version == Victim(encoder).version == version_of(Api(encoder))
     with torch.no_grad():
         encoder.backbone.conv1.weight[0, 0, 0, 0] += 1
     assert version != Victim(encoder).version
@@ -164,32 +225,36 @@ def test_a_defence_sees_the_true_representations_and_projections(encoder, images
     Victim(encoder, defences=[Times(factor=3.0), last]).query(images)
     with torch.no_grad():
         h = encoder.eval()(images.float() / 255)
-        torch.testing.assert_close(last.query.representations, h)
-        torch.testing.assert_close(last.query.projections, encoder.backbone.fc(h))
+        torch.testing.assert_close(last.call.representations, h)
+        torch.testing.assert_close(last.call.projections, encoder.backbone.fc(h))
 
 
 @pytest.mark.parametrize("name", [None, "truncate", "topk", "same"])
 def test_answers_never_share_storage_with_what_is_not_sold(encoder, images, name):
     same = Same()
-    defences = build_defences([name], {"dimensions": 3, "top_k": 3}) if name in ("truncate", "topk") else []
-    answers = Victim(encoder, defences=[*defences, *([same] if name == "same" else [])]).query(images)
+    defences = {
+        "truncate": [DEFENCES["truncate"](dimensions=3)],
+        "topk": [DEFENCES["topk"](top_k=3)],
+        "same": [same],
+    }
+    answers = Victim(encoder, defences=defences.get(name, [])).query(images)
     assert answers.untyped_storage().nbytes() == 4 * answers.numel()
     if name == "same":
-        kept = same.query.representations
+        kept = same.call.representations
         assert torch.equal(answers, kept)
         assert answers.untyped_storage().data_ptr() != kept.untyped_storage().data_ptr()
 
 
 def test_a_victim_without_a_head_cannot_compare_projections(images):
     with pytest.raises(UserError, match="no head"):
-        Victim(build_encoder("resnet10w32"), defences=build_defences(["poisoning"], {}))
+        Victim(build_encoder("resnet10w32"), defences=[DEFENCES["poisoning"]()])
 
 
 def test_width_of_answers_is_that_after_all_defences(encoder, images):
-    victim = Victim(encoder, defences=build_defences(["truncate", "transform"], {"transform": "pad-shuffle"}))
+    victim = Victim(encoder, defences=[DEFENCES["truncate"](), DEFENCES["transform"](transform="pad-shuffle")])
     assert victim.dim == victim.query(images).shape[1] == 160
     with pytest.raises(UserError, match=r"--top-k 200 .* 128 numbers"):
-        Victim(encoder, defences=build_defences(["truncate", "topk"], {"top_k": 200}))
+        Victim(encoder, defences=[DEFENCES["truncate"](), DEFENCES["topk"](top_k=200)])
 
 
 # ---- the attacker's side ---------------------------------------------------------------------------------------------
@@ -200,26 +265,50 @@ def kept_in(path):
     return np.fromfile(path, [("digest", np.uint8, 16), ("answer", np.float32, 256)])
 
 
-def test_purchases_are_the_answers_in_their_order(encoder, images, tmp_path):
+def ask(client, images, account="default"):
+    return client.ask(Stored(images), torch.arange(len(images)), account)
+
+
+def test_a_clients_answers_are_in_the_order_of_asking(encoder, images, tmp_path):
     victim = Victim(encoder)
-    purchases = Purchases(victim, tmp_path / "kept", batch_size=5)
-    rows = torch.cat([purchases.ask(images[:7]), purchases.ask(images[7:], account="b"), purchases.ask(images[:0])])
+    client = Client(victim, tmp_path / "kept", batch_size=5)
+    rows = torch.cat([ask(client, images[:7]), ask(client, images[7:], "b"), ask(client, images[:0])])
+    assert rows.dtype == torch.float32
     torch.testing.assert_close(rows, Victim(encoder).query(images))
     kept = kept_in(tmp_path / "kept")
     assert kept["answer"].tobytes() == rows.numpy().tobytes()
-    assert [bytes(one) for one in kept["digest"]] == image_digests(images)
-    assert {name: one.queries for name, one in victim.ledger.accounts.items()} == {"default": 7, "b": 5}
+    assert [bytes(digest) for digest in kept["digest"]] == image_digests(images)
+    assert {name: account.queries for name, account in victim.ledger.accounts.items()} == {"default": 7, "b": 5}
     assert victim.ledger.calls == 3
+
+
+def test_a_client_remembers_what_each_query_was_a_view_of(encoder, images):
+    client = Client(Victim(encoder), repeat=2)
+    client.ask(Stored(images[:4]), torch.tensor([5, 6, 5, 6]), "a")
+    client.ask(Stored(images[:2]), torch.tensor([1, 0]), "b")
+    client.ask(Stored(images[4:5]), torch.tensor([9]), "a")
+    found = {account: sources.tolist() for account, sources in client.sources.items()}
+    assert found == {"a": [5, 6, 5, 6, 5, 6, 5, 6, 9, 9], "b": [1, 0, 1, 0]}
+    assert client.queries == 14
+
+
+def test_repeated_answers_are_averaged(encoder, images, tmp_path):
+    """Over draws of the noise that are made anew for each query; the file has each of them."""
+    victim = Victim(encoder, defences=[DEFENCES["noise"]()])
+    mean = ask(Client(victim, tmp_path / "kept", repeat=3, batch_size=5), images)
+    each = torch.from_numpy(kept_in(tmp_path / "kept")["answer"].copy()).view(3, 12, 256)
+    assert not torch.equal(each[0], each[1])
+    torch.testing.assert_close(mean, each.mean(dim=0))
 
 
 @pytest.mark.parametrize(("watch", "expected"), [(Times, 5), (RememberingTimes, 12)])
 def test_a_killed_attack_pays_for_no_answer_twice(encoder, images, tmp_path, watch, expected):
-    whole = Purchases(Victim(encoder), tmp_path / "whole", batch_size=4).ask(images)
+    whole = ask(Client(Victim(encoder), tmp_path / "whole", batch_size=4), images)
     kept = (tmp_path / "whole").read_bytes()
     (tmp_path / "cut").write_bytes(kept[: 7 * (16 + 256 * 4) + 100])  # seven answers and a part of the eighth
     watch = watch(factor=2.0)
     victim = Victim(encoder, budget=12, defences=[watch])
-    answers = Purchases(victim, tmp_path / "cut", batch_size=4).ask(images)
+    answers = ask(Client(victim, tmp_path / "cut", batch_size=4), images)
     digests = image_digests(images)
     assert watch.seen == [("default", row, digests[row]) for row in range(12 - expected, 12)]
     # What was paid for comes from the file, as it is there.
@@ -228,6 +317,67 @@ def test_a_killed_attack_pays_for_no_answer_twice(encoder, images, tmp_path, wat
     assert victim.ledger.queries == victim.ledger.distinct == 12
 
 
+class Killing(Victim):
+    """A victim that does not answer after so many calls, and counts the images that it was sent over its API."""
+
+    def __init__(self, *arguments, calls, **options):
+        super().__init__(*arguments, **options)
+        self.calls_left, self.sent = calls, 0
+
+    def query(self, images, account="default", gather=None):
+        if not self.calls_left:
+            raise ConnectionError
+        self.calls_left -= 1
+        self.sent += len(images)
+        return super().query(images, account, gather)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("calls", [0, 1, 2, 5])
+def test_a_client_that_is_resumed_pays_for_the_rest_only(calls, dtype, encoder, images, tmp_path):
+    """Killed between calls, in the second of three askings or before; and the ledgers end alike."""
+    whole = Victim(encoder)
+    expected = ask(Client(whole, tmp_path / "whole", 3, dtype, batch_size=5), images)
+    killed = Killing(encoder, calls=calls)
+    with pytest.raises(ConnectionError):
+        ask(Client(killed, tmp_path / "kept", 3, dtype, batch_size=5), images)
+    rest = Killing(encoder, calls=100, budget=36)
+    client = Client(rest, tmp_path / "kept", 3, dtype, batch_size=5)
+    answers = ask(client, images)
+    assert killed.sent == [0, 5, 10, 22][[0, 1, 2, 5].index(calls)]
+    assert rest.sent == 36 - killed.sent
+    assert rest.ledger.queries == client.queries == 36
+    assert rest.ledger.accounts["default"].images == whole.ledger.accounts["default"].images
+    torch.testing.assert_close(torch.as_tensor(answers), torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
+    assert client.sources["default"].tolist() == list(range(12)) * 3
+
+
+def test_answers_in_float16_stay_in_the_file(encoder, images, tmp_path):
+    victim = Victim(encoder)
+    client = Client(victim, tmp_path / "kept", dtype=np.float16, batch_size=5)
+    answers = ask(client, images)
+    assert isinstance(answers, np.memmap)
+    assert (answers.dtype, answers.shape) == (np.float16, (12, 256))
+    assert np.array_equal(answers, Victim(encoder).query(images).numpy().astype(np.float16))
+    assert ask(client, images[:0]).shape == (0, 256)
+    assert np.array_equal(ask(client, images[3:5], "b"), answers[3:5])  # those asked about before stay apart
+    assert (tmp_path / "kept").stat().st_size == 14 * (16 + 2 * 256)
+
+
+def test_answers_beyond_float16_are_its_largest_numbers(encoder, images, tmp_path):
+    """A defence may exaggerate an answer; infinity would make every loss of it not a number."""
+    answers = {}
+    for dtype in (np.float16, np.float32):
+        victim = Victim(encoder, defences=[Signed()])
+        answers[dtype] = ask(Client(victim, tmp_path / dtype.__name__, dtype=dtype, batch_size=5), images)
+    assert np.isfinite(answers[np.float16]).all()
+    assert answers[np.float32].abs().max() > 65504
+    assert np.array_equal(answers[np.float16], answers[np.float32].clamp(-65504, 65504).numpy().astype(np.float16))
+    assert {65504.0, -65504.0} <= {*answers[np.float16][0, :2].tolist()}
+
+
+SETTINGS = {"poisoning": {"poison_threshold": 0.99992}}
+SETTINGS["buckets"] = {"bucket_bits": 3, "bucket_alpha": 5.0, "bucket_beta": 20.0}
 DEFENCES_KEPT = (
     ["noise"],
     ["poisoning", "rounding"],
@@ -241,26 +391,27 @@ DEFENCES_KEPT = (
 def test_a_killed_attack_goes_on_as_if_it_had_not_been(encoder, images, tmp_path, names, rows):
     # To an untrained network all images are close: colours of their own, and a threshold among their similarities, for
     # some to be poisoned and some not.
-    settings = {"poison_threshold": 0.99992, "bucket_bits": 3, "bucket_alpha": 5.0, "bucket_beta": 20.0}
     images = images // 16
     for row, image in enumerate(images):
         image[row % 3] += 20 * row
     asked = (("default", images), ("b", images[2:6]), ("default", images[4:8]))
 
     def attack(keep):
-        victim = Victim(encoder, defences=build_defences(names, settings, secret=3))
-        purchases = Purchases(victim, keep, batch_size=5)
-        return victim, torch.cat([purchases.ask(part, account) for account, part in asked])
+        defences = [DEFENCES[name](secret=3, **SETTINGS.get(name, {})) for name in names]
+        victim = Victim(encoder, defences=defences)
+        client = Client(victim, keep, batch_size=5)
+        return client, torch.cat([ask(client, part, account) for account, part in asked])
 
-    victim, whole = attack(tmp_path / "kept")
+    first, whole = attack(tmp_path / "kept")
     kept = (tmp_path / "kept").read_bytes()
-    (tmp_path / "kept").write_bytes(kept[: int(rows * (16 + 4 * victim.dim))])
+    (tmp_path / "kept").write_bytes(kept[: int(rows * (16 + 4 * first.victim.dim))])
     resumed, answers = attack(tmp_path / "kept")
     torch.testing.assert_close(answers, whole, rtol=1e-4, atol=1e-4)
-    again = np.fromfile(tmp_path / "kept", Purchases(victim).record)
+    again = np.fromfile(tmp_path / "kept", first.layout)
     assert again["answer"].tobytes() == answers.numpy().tobytes()
-    for one, other in zip(victim.ledger.accounts.values(), resumed.ledger.accounts.values(), strict=True):
-        assert (one.queries, one.images) == (other.queries, other.images)
+    ledgers = (client.victim.ledger.accounts.values() for client in (first, resumed))
+    for account, other in zip(*ledgers, strict=True):
+        assert (account.queries, account.images) == (other.queries, other.images)
     if "poisoning" in names:
         flagged = whole[:, 0] > 900
         assert flagged.any()

@@ -1,0 +1,210 @@
+"""Attackers who adapt to a defence: as whom they ask, about which images, and what they make of the answers."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attacks.answers import Answers
+from attacks.client import Client
+from data_aug.images import Images
+from defenses.buckets import Coverage, hyperplanes
+
+PILOT = 0.1  # share of its images that an attacker who avoids buckets asks before it chooses
+BITS = 12  # of that attacker's hash table: it cannot know the owner's, but any such table fills alike
+RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # relative to the mean variance of a dimension
+
+
+# ---- several accounts ------------------------------------------------------------------------------------------------
+
+
+def ask_as_sybils(client: Client, sent: Images, sources: Tensor, sybils: int, shared: int) -> tuple[Tensor, list[str]]:
+    """Answers (R, D) to R images, spread over accounts; the first `shared` images are asked about by all accounts.
+
+    Each account's answers are brought into the first account's coordinates by the linear map that does so best on the
+    shared rows: so neither a secret transform of each account nor a count of each account's queries stops them.
+    """
+    common, rest = torch.arange(shared), torch.arange(shared, len(sent)).chunk(sybils)
+    parts, found = [], []
+    for number, others in enumerate(rest):
+        rows = torch.cat([common, others])
+        answers = client.ask(sent[rows], sources[rows], f"sybil-{number + 1}")
+        if number == 0:
+            reference = answers[:shared]
+            parts.append(answers)
+            continue
+        mapped, error = align(answers[:shared], reference, answers[shared:])
+        found.append(f"account {number + 1} maps to account 1 with {100 * error:.1f} % of the variance unexplained")
+        parts.append(mapped)
+    return torch.cat(parts), found
+
+
+def align(theirs: Tensor, ours: Tensor, more: Tensor) -> tuple[Tensor, float]:
+    """Take further answers (M, E) of an account to another's coordinates (M, D), by the ridge regression of answers to
+    the same queries, theirs (S, E) and ours (S, D); and the share of ours' variance that the map leaves unexplained.
+
+    The penalty is the one that is best on a held-out fifth, and so is that share.
+    """
+    held = max(1, len(theirs) // 5)
+
+    def error(ridge: float) -> float:
+        guess = _ridge(theirs[held:], ours[held:], ridge)(theirs[:held])
+        rest = ours[:held] - ours[held:].mean(dim=0)
+        return ((guess - ours[:held]).square().sum() / rest.square().sum().clamp_min(1e-30)).item()
+
+    errors = {ridge: error(ridge) for ridge in RIDGES}
+    best = min(errors, key=errors.get)
+    return _ridge(theirs, ours, best)(more), errors[best]
+
+
+def _ridge(x: Tensor, y: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
+    """The affine map from (S, E) to (S, D) of least squared error + ridge * mean variance * |map|^2, in float64."""
+    x, y = x.double(), y.double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    gram = (x - x_mean).T @ (x - x_mean)
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
+    weight = torch.linalg.solve(gram, (x - x_mean).T @ (y - y_mean))
+    return lambda more: ((more.double() - x_mean) @ weight + y_mean).float()
+
+
+# ---- few buckets -----------------------------------------------------------------------------------------------------
+
+
+def ask_within(
+    client: Client, images: Images, features: Tensor, count: int, percent: float, draws: torch.Generator
+) -> tuple[Tensor, Tensor, str]:
+    """Ask about at most `count` of N images, staying in few buckets.
+
+    A tenth is asked blindly. A ridge regression from the attacker's features (N, F) to the answers then predicts all
+    other answers, and those predicted nearest by cosine to the centre of the fullest bucket are asked next, a tenth at
+    a time, the regression learning from each; until `count` images are asked or the attacker's hash table is `percent`
+    full. Returns which images (M,), their answers (M, D), and in words how it went.
+    """
+    step = max(1, int(PILOT * count))
+    index = torch.arange(min(step, count))
+    answers = client.ask(images[index], index)
+    table = Coverage(hyperplanes(BITS, answers.shape[1], draws))
+    occupied = table.add(answers)[-1].item()
+    left = torch.ones(len(images), dtype=torch.bool)
+    left[index] = False
+    bucket = table.bucket(answers)
+    centre = answers[bucket == bucket.mode().values].mean(dim=0)
+    while len(index) < count and occupied < percent:
+        guess = _ridge(features[index], answers, 1e-2)(features)
+        closeness = F.cosine_similarity(guess, centre[None]).masked_fill(~left, -torch.inf)
+        chosen = closeness.topk(min(step, count - len(index))).indices
+        new = client.ask(images[chosen], chosen)
+        occupied = table.add(new)[-1].item()
+        left[chosen] = False
+        index, answers = torch.cat([index, chosen]), torch.cat([answers, new])
+    return index, answers, f"{len(index)} of {count} images asked, its hash table {occupied:.2f} % full"
+
+
+# ---- answers undone --------------------------------------------------------------------------------------------------
+
+
+def restore_answers(bought: Answers) -> Answers:
+    """What is left of the answers when those that were replaced are thrown away and the others are restored.
+
+    An image keeps the mean of its good answers in place of the replaced ones; an image that has none is dropped.
+    """
+    images = len(bought)
+    good = ~replaced(bought.rows).view(-1, images)
+    keep = good.any(dim=0)
+    answers, found = restore(bought.rows[good.flatten()])
+    whole = torch.zeros(good.numel(), answers.shape[1])
+    whole[good.flatten()] = answers
+    whole = whole.view(*good.shape, -1)
+    mean = whole.sum(dim=0) / good.sum(dim=0).clamp_min(1)[:, None]
+    whole = torch.where(good[..., None], whole, mean)[:, keep].flatten(0, 1)
+    words = f"{(~good).sum().item()} of {good.numel()} answers were replaced, {images - keep.sum().item()} images lost"
+    kept = bought.images[keep.nonzero()[:, 0]]
+    sent = bought.sent[keep.repeat(len(good)).nonzero()[:, 0]]
+    findings = [*bought.findings, words, found]
+    return Answers(bought.index[keep], kept, sent, whole, bought.attack, bought.sources, findings)
+
+
+def replaced(answers: Tensor) -> Tensor:
+    """Which answers (N, D) are of another magnitude altogether: beyond a gap of a factor of 10 between norms (N,)."""
+    norms = answers.norm(dim=1)
+    ordered = norms.sort().values
+    ratio = ordered[1:] / ordered[:-1].clamp_min(1e-12)
+    if len(ratio) == 0 or ratio.max() < 10 or ordered[-1] < 10 * ordered.clamp_min(1e-12)[0]:
+        return torch.zeros_like(norms, dtype=torch.bool)
+    return norms > ordered[ratio.argmax()]
+
+
+def restore(answers: Tensor) -> tuple[Tensor, str]:
+    """Answers (N, D) as they may have been before top-k, rounding or noise changed them, and in words what was found.
+
+    Representations lie close to a subspace of fewer dimensions, which all answers together show: what top-k removed is
+    filled in from it, what rounding and noise added is shrunk towards it.
+    """
+    kept = (answers != 0).sum(dim=1)
+    most = kept.max().item()
+    if most < answers.shape[1] and (kept == most).float().mean() > 0.5:
+        return complete_topk(answers, most), f"top-k with k = {most}: the rest is filled in"
+    for decimals in range(5):
+        if torch.allclose(answers, answers.round(decimals=decimals), rtol=0, atol=1e-6):
+            half = 0.5 * 10**-decimals
+            smooth, _ = denoise(answers, sigma=half / 3**0.5)  # of an error spread evenly over the step
+            return smooth.clamp(answers - half, answers + half), f"rounding to {decimals} decimals: smoothed within it"
+    if (answers == 0).any():  # a ReLU's: noise would have moved them
+        return answers, "neither rounding nor top-k nor noise is seen: answers are taken as they are"
+    smooth, sigma = denoise(answers)
+    # Representations after a ReLU begin at 0, so an answer's smallest numbers are about the mean of the noise.
+    shift = smooth.quantile(0.02, dim=1).mean().clamp_min(0)
+    return smooth - shift, f"noise: mean about {shift:.2f}, standard deviation about {sigma:.2f}: shrunk"
+
+
+def denoise(answers: Tensor, sigma: float | None = None) -> tuple[Tensor, float]:
+    """Answers (N, D) without most of an additive noise of independent entries, and its standard deviation.
+
+    Singular values of the centred matrix are shrunk by the optimal rule for squared error (Gavish & Donoho, IEEE Trans.
+    Inf. Theory 2017, equation 7). An unknown sigma is read off the lowest tenth of the spectrum, compared with that of
+    a matrix of pure noise of the same size: directions that carry little else show it.
+    """
+    rows, dim = answers.shape
+    centred = (answers - answers.mean(dim=0)).double()
+    variance, basis = _spectrum(centred)
+    if sigma is None:
+        pure = torch.randn(rows, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        lowest = slice(0, max(1, len(variance) // 10))
+        unit = _spectrum(pure - pure.mean(dim=0))[0]
+        sigma = (variance[lowest].mean() / unit[lowest].mean()).sqrt().item()
+    if sigma < 1e-9 * centred.std().item():
+        return answers, sigma
+    # In units of sigma times the root of the longer side, pure noise ends at 1 + sqrt(ratio of the sides).
+    ratio = min(rows, dim) / max(rows, dim)
+    y = (variance * rows / max(rows, dim)).sqrt() / sigma
+    square = (y.square() - ratio - 1).square() - 4 * ratio
+    shrunk = torch.where(y > 1 + ratio**0.5, square.clamp_min(0).sqrt() / y.clamp_min(1e-12), 0.0)
+    factor = shrunk / y.clamp_min(1e-12)
+    return (centred @ (basis * factor) @ basis.T).float() + answers.mean(dim=0), sigma
+
+
+def _spectrum(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (R,), smallest first, and directions (D, R) of centred rows (N, D); R is their rank at most."""
+    variance, basis = torch.linalg.eigh(centred.T @ centred / len(centred))
+    rank = min(len(centred) - 1, centred.shape[1])
+    return variance[-rank:].clamp_min(0), basis[:, -rank:]
+
+
+def complete_topk(answers: Tensor, k: int, rounds: int = 20) -> Tensor:
+    """Fill in the zeros of answers (N, D) by a matrix of low rank, between 0 and the smallest number that was left.
+
+    An answer of fewer than k numbers had no others. The rank is a sixteenth of the width: of 4 to 64 for a width of 256
+    it did well for every k tried, on encoders of shapes and of CIFAR-10.
+    """
+    known = (answers != 0) | ((answers != 0).sum(dim=1, keepdim=True) < k)
+    magnitude = answers.abs().masked_fill(answers == 0, torch.inf).amin(dim=1, keepdim=True)
+    low = -magnitude if (answers < 0).any() else torch.zeros_like(magnitude)
+    rank = max(1, answers.shape[1] // 16)
+    filled = answers
+    for _ in range(rounds):
+        mean = filled.mean(dim=0)
+        basis = _spectrum((filled - mean).double())[1][:, -rank:].float()
+        guess = (filled - mean) @ basis @ basis.T + mean
+        filled = torch.where(known, answers, guess.clamp(low, magnitude))
+    return filled

@@ -1,0 +1,89 @@
+"""What an attack has paid for, and what it makes of it in a step of the copy's training."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks import Attack
+from data_aug.augment import ViewDraws, apply_views, draw_views, rows_of
+from data_aug.datasets import to_float
+from data_aug.images import Batch, Images, send
+
+
+@dataclass
+class Answers:
+    """The answers to M images, however they were bought.
+
+    index (M,): positions of the images in what the attacker chose from. images: the M images. sent: what the victim was
+    sent, V * M views, view-major; `images` itself where these were sent. rows (V * M, D): the answers, in memory or in
+    a file. sources: for each account, the image index of each query. findings: what the attacker noticed, in words.
+    """
+
+    index: Tensor
+    images: Images
+    sent: Images
+    rows: Tensor | np.memmap
+    attack: Attack
+    sources: dict[str, Tensor] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device, refine: Callable[[Tensor], Tensor] | None = None) -> "Answers":
+        """The same on a device, as training uses them: refined, and the prototypes where they are what is matched."""
+        if not isinstance(self.rows, Tensor):
+            return self
+        rows = self.rows.to(device)
+        rows = refine(rows) if refine else rows
+        if self.attack.prototype:
+            mean = rows.view(self.attack.n_views, len(self), -1).mean(dim=0)
+            rows = mean if self.attack.useaug else mean.repeat(self.attack.n_views, 1)
+        images = self.images.to(device)
+        sent = images if self.sent is self.images else self.sent.to(device)
+        return Answers(self.index, images, sent, rows, self.attack, self.sources, self.findings)
+
+    def draw(self, draws: torch.Generator) -> ViewDraws | None:
+        """An epoch's table of draws: a row for each image and view that the copy is shown, if it sees its own."""
+        if not self.attack.useaug:
+            return None
+        height, width = self.images.size
+        return draw_views(self.attack.copy_views * len(self), height, width, width, draws)
+
+    def batches(self, index: Sequence[Tensor], device: torch.device, share: Callable[[int], slice]) -> Iterator[Batch]:
+        """Batches of the images at these indices: what was sent, or with `useaug` the images, each once.
+
+        The victim was sent one set of views, so images that are streamed are those of epoch 0 in all epochs.
+        """
+        if self.attack.useaug or self.attack.n_views == 1:
+            yield from (self.images if self.attack.useaug else self.sent).batches(index, device, 0, share)
+            return
+        for batch in index:
+            local = batch[share(len(batch))]
+            rows = rows_of(local, self.attack.n_views, len(self))
+            yield Batch(batch, local, self.sent.tensor[rows])
+
+    def batch(self, batch: Batch, draws: ViewDraws | None) -> tuple[Tensor, Tensor]:
+        """What the copy is shown in a step, float (R * b, 3, H, W) of this process's b images of the batch, and the
+        targets (R * B, D) of all B images; R rows for each image, view-major.
+
+        draws: the epoch's table of `draw`.
+        """
+        attack = self.attack
+        targets = self.targets(rows_of(batch.index, len(self.rows) // len(self), len(self)), batch.images.device)
+        if not attack.useaug:
+            return to_float(batch.images), targets
+        rows = rows_of(batch.local, attack.copy_views, len(self))
+        shown = apply_views(batch.images.repeat(attack.copy_views, 1, 1, 1), draws[rows])
+        if attack.plain_first:
+            shown = torch.cat([to_float(batch.images), shown])
+        return shown, targets.repeat(attack.views * len(batch.index) // len(targets), 1)
+
+    def targets(self, rows: Tensor, device: torch.device) -> Tensor:
+        """The answers (R, D), float32 on the device, in these rows (R,)."""
+        if isinstance(self.rows, Tensor):
+            return self.rows[rows]
+        return send(torch.from_numpy(self.rows[rows.cpu().numpy()].astype(np.float32)), device)

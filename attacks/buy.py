@@ -1,0 +1,42 @@
+"""An attack's purchases: the one place where the settings of `Attack` become queries."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attacks import Attack
+from attacks.adaptive import ask_as_sybils, ask_within, restore_answers
+from attacks.answers import Answers
+from attacks.client import Client
+from attacks.queries import queries_sent
+from data_aug.images import Images, Stored
+
+
+def buy(
+    client: Client,
+    images: Images,
+    attack: Attack,
+    count: int,
+    draws: torch.Generator,
+    features: Callable[[], Tensor] | None = None,
+) -> Answers:
+    """Ask the client's victim about N images as the attack says.
+
+    An attacker who stays in few buckets asks about `count` of them, chosen by `features`: numbers (N, F) about the
+    images that it has for free. Images that are streamed are sent as they are, one query each.
+    """
+    index = torch.arange(len(images))
+    if attack.max_coverage is not None:
+        chosen, rows, words = ask_within(client, images, features(), count, attack.max_coverage, draws)
+        part = images[chosen]
+        bought = Answers(chosen, part, part, rows, attack, client.sources, [words])
+    else:
+        sent = queries_sent(images, attack, draws) if isinstance(images, Stored) else images
+        sources = index.repeat(attack.n_views)
+        if attack.sybils > 1:
+            rows, findings = ask_as_sybils(client, sent, sources, attack.sybils, attack.shared)
+        else:
+            rows, findings = client.ask(sent, sources), []
+        bought = Answers(index, images, sent, rows, attack, client.sources, findings)
+    return restore_answers(bought) if attack.restore else bought

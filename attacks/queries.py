@@ -1,0 +1,120 @@
+"""Which images an attacker queries, and the views of them that it sends."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attacks import Attack
+from data_aug.augment import random_views
+from data_aug.datasets import DATASET_NAMES, check_name, load_queries, unlabelled_split
+from data_aug.images import VIEWS, Stored, Streamed, Views, open_pictures
+from settings import Command, Settings, setting
+from training.run import Record
+from utils import UserError, generator
+
+
+def _on_another_data_set(command: Command) -> str | None:
+    # Which data set the victim is of may only be known when its file has been read.
+    if "dataset" not in command.settled or command.dataset == command.datasetsteal:
+        return None
+    return f"on another data set than {command.dataset}"
+
+
+@dataclass(frozen=True)
+class QueryChoice(Settings):
+    """Which images are queried, and how many queries are paid for."""
+
+    datasetsteal: str = setting(
+        "cifar10",
+        f"data set that the queries are from: {DATASET_NAMES}",
+        read=check_name,
+        flags=("-datasetsteal", "--datasetsteal"),
+        title="data",
+    )
+    num_queries: int = setting(
+        9000, "budget of the whole attack, in queries", at_least=1, flags=("--num_queries",), title="attack"
+    )
+    query_order: str = setting(
+        "first", "the first images, or random ones by the seed", choices=("first", "random"), title="attack"
+    )
+    force: bool = setting(
+        False, "query the train split even of the victim's own data set", title="attack", acts=_on_another_data_set
+    )
+    title = "attack"
+
+
+def choose_queries(
+    choice: QueryChoice, victim_dataset: str, root: Path, count: int, seed: int = 0, everything: bool = False
+) -> tuple[Stored, Tensor, Record]:
+    """The attacker's images (N), their labels (N,), and the record of where they are from.
+
+    They are the first `count` images of `data_aug.datasets.load_queries`, or `count` random ones by the seed; or with
+    `everything` all images, for an attacker who chooses among them. UserError when there are fewer than `count`.
+    """
+    images, labels, split = load_queries(choice.datasetsteal, victim_dataset, root, choice.force)
+    if count > len(images):
+        raise UserError(
+            f"this budget takes {count} images, the {split} split of {choice.datasetsteal} has {len(images)} to query: "
+            f"lower --num_queries"
+        )
+    count = len(images) if everything else count
+    indices = query_order(choice.query_order, len(images), count, seed)
+    record = Record(query_set={"dataset": choice.datasetsteal, "split": split, "images": count}, query_indices=indices)
+    return Stored(images[indices]), labels[indices], record
+
+
+@dataclass(frozen=True)
+class PictureChoice(Settings):
+    """Which images of any size are queried, and which view of each."""
+
+    useval: bool = setting(False, "query the validation (or test) split instead of the training split")
+    query_view: str = setting(
+        "crop",
+        "what the victim is sent of an image, once: a random resized crop, perhaps mirrored, or its centre",
+        choices=VIEWS,
+    )
+    title = "attack"
+
+
+def choose_pictures(
+    choice: QueryChoice, which: PictureChoice, root: Path, size: int, workers: int, seed: int
+) -> tuple[Streamed, Tensor, Record]:
+    """As `choose_queries`, of images of any size: views of size x size pixels are read when they are needed."""
+    split = "test" if which.useval else unlabelled_split(choice.datasetsteal)
+    pictures = open_pictures(choice.datasetsteal, root, split)
+    count = choice.num_queries
+    if count > len(pictures):
+        raise UserError(
+            f"this budget takes {count} images, the {split} split of {choice.datasetsteal} has {len(pictures)}: "
+            f"lower --num_queries"
+        )
+    # Sorted, so that the files are read in their order.
+    positions = query_order(choice.query_order, len(pictures), count, seed).sort().values
+    record = Record(
+        query_set={"dataset": choice.datasetsteal, "split": split, "images": count}, query_indices=positions
+    )
+    return (
+        Streamed(Views(pictures, which.query_view, size, seed), positions, workers),
+        pictures.labels[positions],
+        record,
+    )
+
+
+def query_order(order: str, total: int, count: int, seed: int) -> Tensor:
+    """Indices (count,) of the `first` or of `random` images of so many."""
+    if order == "random":
+        return torch.randperm(total, generator=generator(seed, "query order"))[:count]
+    return torch.arange(count)
+
+
+def queries_sent(images: Stored, attack: Attack, draws: torch.Generator) -> Stored:
+    """What the victim is sent, n_views * N images, view-major: as 8-bit images, since an API takes no others."""
+    if not attack.sends_views:
+        return Stored(images.tensor.repeat(attack.n_views, 1, 1, 1)) if attack.n_views > 1 else images
+    sent = []
+    for _ in range(attack.n_views):
+        for part in images.tensor.split(1024):
+            sent.append((random_views(part, part.shape[-1], draws) * 255).round().to(torch.uint8))
+    return Stored(torch.cat(sent))

@@ -1,0 +1,163 @@
+"""The scores of an encoder on a downstream data set, by the probe, the protocol or the fine-tuning that was chosen."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from data_aug.datasets import DATASET_NAMES, check_name, load_labelled, take_balanced
+from data_aug.images import Stored
+from evaluation.encoders import independent_of, victim_of
+from evaluation.fidelity import compare
+from evaluation.probes import Labelled, Probe, classes_of, represent_both, scores_by, top1_top5
+from evaluation.released import released_probe
+from evaluation.test_images import load_test
+from loss import TRAIN_LOSSES
+from models import SimCLREncoder
+from settings import Command, Settings, setting
+from simclr import SimCLR
+from training.recipe import Recipe
+from training.represent import represent
+from training.run import Record, Run
+from utils import Precision, seeded
+
+Others = dict[str, tuple[str, SimCLREncoder]]  # of a copy: its victim and an independent encoder, each with its name
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def instead_of_probe(command: Command) -> str | None:
+    """Why no probe of frozen representations is trained; None where it is."""
+    if command.recipe == "released":
+        return "with --recipe released"
+    return "with --finetune" if command.finetune else None
+
+
+def _without_layer(command: Command) -> str | None:
+    return instead_of_probe(command) or (f"with --probe {command.probe}" if command.probe != "linear" else None)
+
+
+def _without_copy(command: Command) -> str | None:
+    if command.modeltype != "stolen":
+        return f"with --modeltype {command.modeltype}: it is a copy's"
+    return instead_of_probe(command)
+
+
+@dataclass(frozen=True)
+class Downstream(Settings):
+    """On which images an encoder is judged, and what is done besides."""
+
+    dataset_test: str = setting(
+        "cifar10",
+        f"downstream data set: {DATASET_NAMES}",
+        read=check_name,
+        flags=("-dataset-test", "--dataset-test"),
+        title="data",
+    )
+    num_labeled: int = setting(
+        50000, "labelled images, class-balanced", at_least=1, flags=("-n", "--num-labeled"), title="data"
+    )
+    num_test: int | None = setting(
+        None,
+        "number of test images to use, the last ones",
+        at_least=1,
+        otherwise="all that the copy cannot have queried",
+        title="data",
+    )
+    finetune: bool = setting(
+        False,
+        "train the whole encoder on the labelled images instead",
+        acts=lambda command: "with --recipe released" if command.recipe == "released" else None,
+    )
+    save: bool = setting(False, "keep the classifier, encoder and linear layer, in the checkpoint", acts=_without_layer)
+    fidelity: bool = setting(False, "compare the copy with its victim", acts=_without_copy, title="fidelity")
+    independent: str | None = setting(
+        None,
+        "the encoder whose figures stand beside the copy's: `random` for an untrained one, or its checkpoint, run "
+        "folder or run name",
+        otherwise="the other victim of the same data set and architecture, such as one of another seed",
+        named=False,
+        acts=lambda command: None if command.fidelity else "without --fidelity",
+        title="fidelity",
+    )
+    title = "probe"
+
+
+# ---- what is opened --------------------------------------------------------------------------------------------------
+
+
+def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labelled, Labelled, int]:
+    """Labelled images to train on and to test on, and how many of the latter the copy of this checkpoint queried."""
+    chosen: Downstream = command[Downstream]
+    images, labels = load_labelled(chosen.dataset_test, root, "train")
+    if chosen.num_labeled < len(labels):
+        index = take_balanced(labels, chosen.num_labeled, command.seed)
+        images, labels = images[index], labels[index]
+    last_thousand = command.recipe == "released" and chosen.dataset_test != "stl10"
+    record = Record.of(checkpoint)
+    *test, queried = load_test(chosen.dataset_test, root, record, chosen.num_test, last_thousand)
+    return (images, labels), tuple(test), queried
+
+
+def open_others(command: Command, path: Path, checkpoint: Mapping, precision: Precision) -> Others:
+    """The victim of a copy and an independent encoder, on the device; none without --fidelity."""
+    if not command.fidelity:
+        return {}
+    victim_path, victim = victim_of(command, path, checkpoint)
+    name, independent = independent_of(command, victim_path, victim)
+    device = precision.device
+    return {"victim": (str(victim_path), victim.to(device)), "independent": (name, independent.to(device))}
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+
+
+def judge_encoder(
+    command: Command, encoder: SimCLREncoder, train: Labelled, test: Labelled, others: Others, run: Run
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Scores on images with labels, beside `others` where there are any, and what is kept of the classifier."""
+    probe: Probe = command[Probe]
+    precision, seed = run.precision, command.seed
+
+    def each_epoch(epoch: int, scores: dict[str, float]) -> None:
+        run.log(epoch + 1, {"epoch": epoch, **scores})
+
+    if command.recipe == "released":
+        settings = {"epochs": probe.probe_epochs, "batch_size": probe.batch_size, "each_epoch": each_epoch}
+        return released_probe(encoder, train, test, probe.lr, precision, seed=seed, **settings), {}
+    if command.finetune:
+        return finetuned_scores(encoder, train, test, probe, run, seed), {}
+    space = represent_both(encoder, train, test, precision)
+    scores, state = scores_by(probe, *space, seed, each_epoch)
+    if command.save:
+        state |= _backbone_of(encoder)
+    if others:
+        spaces = {name: represent_both(other, train, test, precision) for name, (_, other) in others.items()}
+        head = encoder.backbone.fc if encoder.has_head else None
+        scores |= compare({"copy": space, **spaces}, seed, head)
+        scores["independent"] = others["independent"][0]
+    return scores, state
+
+
+def finetuned_scores(
+    encoder: SimCLREncoder, train: Labelled, test: Labelled, probe: Probe, run: Run, seed: int
+) -> dict[str, float]:
+    """Scores of a copy of the encoder with a linear layer, all of it trained on the labelled images."""
+    model = copy.deepcopy(encoder).requires_grad_(True)
+    with seeded(seed, "probe"):
+        model.backbone.fc = nn.Linear(model.dim, classes_of(train, test))
+    recipe = Recipe(probe.probe_epochs, probe.batch_size, probe.lr, weight_decay=8e-4, seed=seed)
+    trainer = SimCLR(model, TRAIN_LOSSES["supervised"], recipe, run.below("finetuned", "finetuned"))
+    trainer.train(Stored(train[0]), train[1], views=1)
+    logits = represent(model, test[0], run.precision, output=model.project)
+    return top1_top5(logits, test[1].to(run.precision.device))
+
+
+def _backbone_of(encoder: SimCLREncoder) -> dict[str, Tensor]:
+    """The weights of the encoder without its head, as files of the 2022 code name them."""
+    state = encoder.state_dict()
+    return {k.removeprefix("backbone."): v.cpu() for k, v in state.items() if not k.startswith("backbone.fc.")}

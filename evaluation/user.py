@@ -1,0 +1,82 @@
+"""A paying user of the API: a downstream head trained and used on the answers, for the cost of a defence."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attacks.client import Client
+from data_aug.datasets import load_labelled, load_queries
+from data_aug.images import Stored
+from evaluation.probes import Labelled, logistic_regression, mlp_probe
+from evaluation.test_images import load_test
+from settings import Settings, setting
+from training.run import Record
+from utils import Precision, UserError
+from victim import AnyVictim, digest_tensor
+
+ACCOUNT = "user"
+
+
+@dataclass(frozen=True)
+class UserHead(Settings):
+    """How the user's head is trained: the 2022 code's two layers, as wide as an answer."""
+
+    epochs: int = setting(100, "epochs of the head's training", at_least=1)
+    batch_size: int = setting(64, "images per batch", at_least=1, flags=("-b", "--batch-size"))
+    lrhead: float = setting(1e-3, "Adam's learning rate", above=0)
+    weight_decay: float = setting(1e-4, "weight decay", at_least=0, flags=("--weight-decay", "--wd"))
+    title = "head"
+
+
+def load_user(
+    name: str, victim_dataset: str, root: Path, count: int, number: int | None = None
+) -> tuple[Labelled, Labelled, int]:
+    """The user's `count` labelled images to train on, those to test on, and how many of the latter the former have.
+
+    `number`: test on so many. UserError where the data set `name` has fewer images, or images without labels.
+    """
+    if name == victim_dataset:  # the victim was trained on the others
+        images, labels, split = load_queries(name, victim_dataset, root)
+    else:
+        images, labels, split = *load_labelled(name, root, "train"), "train"
+    if (labels < 0).any():
+        raise UserError(f"the {split} split of {name} has images without labels: choose another --dataset-test")
+    if count > len(images):
+        raise UserError(f"the {split} split of {name} has {len(images)} images for a user: lower --num_queries")
+    images, labels = images[:count], labels[:count]
+    record = Record(query_set={"dataset": name, "split": split}, query_digests=digest_tensor(images))
+    test_images, test_labels, common = load_test(name, root, record, number)
+    return (images, labels), (test_images, test_labels), common
+
+
+def user_scores(
+    victim: AnyVictim, train: Labelled, test: Labelled, head: UserHead, precision: Precision, seed: int = 0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What a user reaches who buys a victim's answers about all of these images in the account `user`.
+
+    Returns the scores and the report of the victim's defences. top1 and top5, in percent, and loss: the user's head;
+    top1_converged: a linear one.
+    """
+    client = Client(victim)
+    first = 0
+
+    def buy(images: Tensor, labels: Tensor) -> Labelled:
+        nonlocal first
+        sources = torch.arange(first, first + len(images))
+        first += len(images)
+        return client.ask(Stored(images), sources, ACCOUNT).to(precision.device), labels.to(precision.device)
+
+    bought = [buy(*train), buy(*test)]
+    settings = {"epochs": head.epochs, "batch_size": head.batch_size, "weight_decay": head.weight_decay}
+    layers = mlp_probe(*bought, head.lrhead, seed, hidden=victim.dim, **settings)
+    linear = logistic_regression(*bought, seed)
+    scores = {name: layers.scores[name] for name in ("top1", "top5", "loss")}
+    return {**scores, "top1_converged": linear.scores["top1"]}, victim.report(client.sources)
+
+
+def lost_words(scores: dict[str, float], clean: dict[str, float]) -> str:
+    """What a defence costs the user, in words: scores under it beside those without one."""
+    top1, converged = (clean[name] - scores[name] for name in ("top1", "top1_converged"))
+    return f"the user loses {top1:.2f} and {converged:.2f} points"

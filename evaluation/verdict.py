@@ -1,0 +1,117 @@
+"""What the figures of ownership.py say of each encoder: verdicts, their table, and the ROC over all encoders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.ownership import METHODS, Candidate, Figures, OwnershipTest
+from evaluation.statistics import roc
+from training.run import CHECKPOINT, Record, Run
+
+
+def judge_all(test: OwnershipTest, candidates: Sequence[Candidate]) -> None:
+    """Fill in figures and verdicts; an independent encoder is judged beside the other independent ones."""
+    method = METHODS[test.method]
+    for candidate in candidates:
+        others = [other.measured for other in candidates if other.kind == "independent" and other is not candidate]
+        candidate.figures = method.judge(candidate.measured, others)
+    decides = passes(candidates[0].figures, test.level)
+    for candidate in candidates:
+        decided = decides or candidate.kind == "victim"
+        candidate.found = passes(candidate.figures, test.level) if decided else None
+        candidate.verdict = (
+            f"{_finding(candidate, decides)} at level {test.level:g} ({_facts(candidate, test, decides)})"
+        )
+
+
+def _finding(candidate: Candidate, decides: bool) -> str:
+    if candidate.kind == "victim":
+        return "found, so the method works" if decides else "not found, so the method cannot decide here"
+    return ("stolen" if candidate.found else "no proof of theft") if decides else "undecided"
+
+
+def _facts(candidate: Candidate, test: OwnershipTest, decides: bool) -> str:
+    figures = candidate.figures
+    p_values = ", ".join(f"{name[2:]} p = {value:.3g}" for name, value in figures.items() if name.startswith("p_"))
+    facts = f"{METHODS[test.method].claim.format(**figures)}; effect size {figures['effect']:.2f}; {p_values}"
+    return facts + (caveat(figures) if decides and candidate.kind != "victim" else "")
+
+
+def passes(figures: Figures, level: float) -> bool:
+    """Whether each p-value that there is lies below the level."""
+    return all(value < level for name, value in figures.items() if name.startswith("p_"))
+
+
+def caveat(figures: Figures) -> str:
+    """What a verdict lacks for want of independent encoders, for its end."""
+    if "p_encoders" in figures:
+        return ""
+    alone = "" if "p_t" in figures else "by the binomial test against 50 % alone, "
+    return f"; {alone}not compared with the spread of independent encoders: an innocent one may pass"
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def verdict_table(candidates: Sequence[Candidate]) -> str:
+    """A Markdown row for each encoder."""
+    found = {True: "yes", False: "no", None: "undecided"}
+    names = list(dict.fromkeys(name for candidate in candidates for name in candidate.figures))
+    lines = [f"| kind | {' | '.join(names)} | found | encoder |", "|---" * (len(names) + 3) + "|"]
+    for candidate in candidates:
+        figures = candidate.figures
+        cells = " | ".join(f"{figures[name]:.3g}" if name in figures else "" for name in names)
+        lines.append(f"| {candidate.kind} | {cells} | {found[candidate.found]} | {short_name(candidate.path)} |")
+    return "\n".join(lines)
+
+
+def verdict_lines(candidates: Sequence[Candidate]) -> list[str]:
+    """The verdicts on the victim and the suspects, in words."""
+    return [f"{one.kind} {short_name(one.path)}: {one.verdict}" for one in candidates if one.kind != "independent"]
+
+
+def short_name(path: Path) -> str:
+    return path.parent.name if path.name == CHECKPOINT else path.name
+
+
+def detection_rates(test: OwnershipTest, candidates: Sequence[Candidate]) -> tuple[list[str], Figures]:
+    """What the rule and the method's score do over all suspects and independent encoders, in words and as figures."""
+    groups = {kind: [one for one in candidates if one.kind == kind] for kind in ("suspect", "independent")}
+    hits = {kind: [bool(one.found) for one in group] for kind, group in groups.items()}
+    lines = [
+        f"{kind} encoders found at level {test.level:g}: {sum(hits[kind])} of {len(group)}; "
+        f"{_each_test(group, test.level)}"
+        for kind, group in groups.items()
+        if group
+    ]
+    if min(map(len, groups.values())) < 2:
+        return [*lines, "no ROC is drawn: it takes two suspects and two independent encoders or more"], {}
+    name = METHODS[test.method].score
+    points, area = roc(*([one.figures[name] for one in group] for group in groups.values()))
+    steps = ", ".join(f"{100 * false:.0f}/{100 * hit:.0f}" for false, hit in points)
+    lines.append(f"ROC by {name}: AUC {area:.3f}; false accusations/detections in %: {steps}")
+    return lines, {"auc": area, "false_accusations": sum(hits["independent"]) / len(hits["independent"])}
+
+
+def _each_test(group: Sequence[Candidate], level: float) -> str:
+    """How many of the encoders each test finds, in words: what it would be worth alone."""
+    tests = list(dict.fromkeys(name for one in group for name in one.figures if name.startswith("p_")))
+    counts = {name: sum(one.figures.get(name, 1) < level for one in group) for name in tests}
+    return "each test alone: " + ", ".join(f"{name[2:]} {count}" for name, count in counts.items())
+
+
+def add_verdict_rows(run: Run, test: OwnershipTest, candidates: Sequence[Candidate], more: dict) -> None:
+    """Add the row of each suspect to the run's results; `more` is the same in all rows."""
+    independents = sum(one.kind == "independent" for one in candidates)
+    suspects = [one for one in candidates if one.kind == "suspect"]
+    for step, one in enumerate(suspects):
+        queries = Record.of(one.checkpoint).figures()
+        row = {
+            **{"model": one.kind, "arch": one.encoder.arch, "losstype": one.settings.get("losstype")},
+            **{"attack": one.settings.get("attack"), "method": test.method, "level": test.level},
+            **one.figures,
+            **{"found": one.found, "verdict": one.verdict, "independents": independents},
+            **{"queries": queries["queries"], "distinct": queries["distinct"]},
+            **{"defence": one.settings.get("defence"), "checkpoint": str(one.path)},
+            **{"victim": str(candidates[0].path), **more},
+        }
+        run.add_row(row, step)

@@ -1,0 +1,1 @@
+"""Experiments, a YAML file each, and what runs them."""

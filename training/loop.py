@@ -1,0 +1,229 @@
+"""The one training loop: its steps, what it saves, how it goes on after an interruption, in one process or in many."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_aug.images import Batch
+from jobs.ending import Stopped, deferred, received
+from jobs.exchange import any_of, barrier, parallel, processes, whole_batch
+from models import read_checkpoint
+from models.checkpoint import load_checked
+from training.lars import LARS
+from training.monitor import Watch
+from training.objective import Loss
+from training.recipe import Recipe, learning_rate
+from training.run import Run, relative
+from utils import UserError, first_process, generator, save_checkpoint
+
+# A batch -> its loss, and the features it is computed from.
+BatchLoss = Callable[[Batch], tuple[Tensor, Tensor]]
+# The batches' indices (B,) -> the batches.
+Loader = Callable[[Sequence[Tensor]], Iterable[Batch]]
+
+
+class Loop:
+    """Trains `model`, in place, by a loss and a recipe, inside the folder of `run`.
+
+    `companion` is trained with the model, and kept in its checkpoint under `companion.checkpoint_key`: a copy's heads
+    for SimSiam's loss, or a victim's watermark. A run that is
+    resumed goes on from its last finished epoch, or, if it was told to stop, from the step where it stopped, and draws
+    what it would have drawn. In a job of several processes a batch is the job's, and the weights are, but for rounding,
+    those of one process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        recipe: Recipe,
+        run: Run,
+        companion: nn.Module | None = None,
+    ):
+        self.precision = run.precision
+        self.device = run.precision.device
+        self.model = model.to(self.device, memory_format=self.precision.memory_format)
+        self.companion = companion.to(self.device) if companion else None
+        self.loss, self.recipe, self.run = loss, recipe, run
+        self.optimizer = self._optimizer()
+        self.scaler = self.precision.grad_scaler()
+        self.first_epoch = 0
+        self.target_spread = math.inf  # of what the features have to match, if anything
+        self.resumed: dict = {}
+        source = run.resume if isinstance(run.resume, Path) else run.checkpoint
+        if isinstance(run.resume, Path) or (run.resume and source.exists()):
+            self._load(read_checkpoint(source), str(source))
+        self._call = None
+        self._clock: tuple[float, int] | None = None  # when this process began to train, and at which step
+
+    def fit(self, count: int, prepare: Callable[[int], tuple[Loader, BatchLoss]]) -> None:
+        """Train on `count` images for the epochs that are left.
+
+        `prepare(epoch)` returns what turns the epoch's batches of indices into batches of images, and the loss of such
+        a batch.
+        """
+        self._call = parallel(*(module for module in (self.model, self.companion) if module))
+        try:
+            with deferred():
+                for epoch in range(self.first_epoch, self.recipe.epochs):
+                    self._epoch(epoch, count, *prepare(epoch))
+            barrier()  # what comes next may read what rank 0 wrote
+        finally:
+            self.run.finish()
+
+    def _epoch(self, epoch: int, count: int, load: Loader, batch_loss: BatchLoss) -> None:
+        """Train for an epoch, or what is left of it, and save."""
+        recipe = self.recipe
+        steps = count // recipe.batch_size
+        begun = self._begun(epoch)
+        lr = learning_rate(recipe, epoch, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._mode(training=True)
+        order = torch.randperm(count, generator=generator(recipe.seed, "order", epoch)).to(self.device)
+        batches = order[: steps * recipe.batch_size].split(recipe.batch_size)[begun["step"] :]
+        started = time.perf_counter()
+        self._clock = self._clock or (started, epoch * steps + begun["step"])
+        progress = Watch(self.run, recipe, epoch, steps, lr, self.target_spread, begun["seen"], self._clock)
+        with progress as watch, contextlib.closing(_closable(load(batches))) as items:
+            for step, batch in enumerate(items, begun["step"]):
+                self._stop_if_told(epoch, step, watch)
+                loss, features = batch_loss(batch)
+                watch.add(loss.detach(), features.detach())
+                self._step(loss)
+            mean, spread = watch.close()
+        seconds = time.perf_counter() - started
+        self._save(epoch + 1)
+        speed = len(batches) * recipe.batch_size / seconds
+        values = {"loss": mean, "spread": spread, "lr": lr, "images_per_second": speed}
+        self.run.log((epoch + 1) * steps, {"epoch": epoch, **values, "seconds": seconds})
+        self.run.say(
+            f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.4f}  spread {spread:.4f}  lr {lr:.3g}  "
+            f"{speed:.0f} images/s"
+        )
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        # Gradients are averaged over the processes, and their sum is that of the whole batch.
+        self.scaler.scale(loss * processes()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def features(self, network: Callable[[Tensor], Tensor], inputs: Tensor, views: int = 1) -> Tensor:
+        """Features of the whole batch in float32, from this process's float images or rows, `views` of each image.
+
+        They are computed in the run's precision; other processes' rows carry no gradient.
+        """
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=self.precision.memory_format)
+        with self.precision.autocast():
+            local = self._call(network, inputs)
+        return whole_batch(local.float(), views)
+
+    def start(self) -> bool:
+        """Open the run's folder; False when a resumed run is finished already."""
+        if self.first_epoch >= self.recipe.epochs:
+            print(f"{relative(self.run.folder)} has all {self.recipe.epochs} epochs already")
+            return False
+        self.run.start(self.first_epoch)
+        if not self.run.resume:
+            self._forget_answers()
+        if self.resumed:
+            step = self._begun(self.first_epoch)["step"]
+            self.run.say(f"resumed after epoch {self.first_epoch}" + (f", step {step}" if step else ""))
+        barrier()
+        return True
+
+    # ---- its parts ----
+
+    def _begun(self, epoch: int) -> dict:
+        """Where an epoch starts: at its first step, unless a run that was told to stop had begun it."""
+        begun = self.resumed.get("begun") if epoch == self.resumed.get("epoch") else None
+        return begun or {"step": 0, "seen": ([], [])}
+
+    def _stop_if_told(self, epoch: int, step: int, watch: Watch) -> None:
+        """Save at this step and raise Stopped, in all processes together, when a process got a signal."""
+        if processes() > 1 and step % watch.interval:
+            return  # asking the others takes time
+        if not any_of(received() is not None):
+            return
+        if self.recipe.recipe == "released":  # it asks anew in each epoch: an epoch cut short would be paid for twice
+            saved = f"after epoch {epoch}"
+        else:
+            self._save(epoch, {"begun": {"step": step, "seen": watch.so_far()}})
+            saved = f"at step {step + 1} of epoch {epoch + 1}"
+        barrier()  # nobody leaves before rank 0 has written
+        raise Stopped(f"stopped {saved} by {received() or 'a signal to another process'}: --resume goes on from there")
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        parameters = [*self.model.parameters(), *(self.companion.parameters() if self.companion else ())]
+        options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "adam":
+            return torch.optim.Adam(parameters, **options, fused=True)
+        if recipe.optimizer == "lars":
+            return LARS(parameters, **options, momentum=recipe.momentum)
+        return torch.optim.SGD(parameters, **options, momentum=recipe.momentum, fused=True)
+
+    def _mode(self, training: bool) -> None:
+        self.model.train(training)
+        if self.companion:
+            self.companion.train(training)
+
+    def _check_batch(self, count: int) -> None:
+        size = self.recipe.batch_size
+        if size > count:
+            raise UserError(
+                f"batch size {size} is larger than the {count} images to train on: give --batch-size {count} or less"
+            )
+        if size % processes():
+            raise UserError(
+                f"batch size {size} cannot be shared equally by {processes()} processes: "
+                f"give --batch-size {-(-size // processes()) * processes()}"
+            )
+
+    def _forget_answers(self) -> None:
+        if first_process():
+            for answers_file in self.run.folder.glob("answers-*"):
+                answers_file.unlink()
+
+    def _save(self, epochs_done: int, more: Mapping | None = None) -> None:
+        content = {
+            "epoch": epochs_done,
+            "arch": getattr(self.model, "arch", None),
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "normalize": getattr(self.model, "normalize", None),
+            "input_size": getattr(self.model, "input_size", None),
+            **{name: self.run.config[name] for name in ("kind", "settings") if name in self.run.config},
+            **self.run.record.state_dict(),
+            **(more or {}),
+        }
+        if self.companion:
+            content[self.companion.checkpoint_key] = self.companion.state_dict()
+        save_checkpoint(content, self.run.checkpoint)
+
+    def _load(self, checkpoint: dict[str, Any], source: str) -> None:
+        missing = {"state_dict", "optimizer", "scaler", "epoch"} - checkpoint.keys()
+        if missing:
+            raise UserError(f"{source} is not the checkpoint of a run, it has no {', '.join(sorted(missing))}")
+        load_checked(self.model, checkpoint["state_dict"], source)
+        if self.companion:
+            load_checked(self.companion, checkpoint.get(self.companion.checkpoint_key, {}), source)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.first_epoch = checkpoint["epoch"]
+        self.run.record.load_state_dict(checkpoint)
+        self.resumed = checkpoint
+
+
+def _closable(items: Iterable[Batch]) -> Iterator[Batch]:
+    """The items one after the other; closing it closes what loads them, such as the workers of a DataLoader."""
+    yield from items

@@ -1,0 +1,137 @@
+"""Watching a training run without holding up the device: its loss, whether the features collapse, and the time left."""
+
+import math
+import time
+from types import TracebackType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from training.recipe import Recipe
+from training.run import Run
+from utils import UserError, quiet
+
+# Reading the loss from a GPU makes the host wait, so it is read once in so many steps; on a CPU in each.
+STEPS_BETWEEN_LOOKS = 50
+# Unit rows spread evenly over the sphere have a standard deviation of 1 / sqrt(D) in each dimension. Features with less
+# than this part of it, on average over an epoch, have collapsed to nearly one point; or, where what they have to match
+# is less spread than that, with less than this part of its spread.
+COLLAPSED = 0.01
+
+
+def spread_of(features: Tensor) -> Tensor:
+    """Mean standard deviation per dimension () of features (R, D), brought to length 1."""
+    return F.normalize(features, dim=1).std(dim=0, correction=0).mean()
+
+
+class Watch:
+    """Watches an epoch of a run; a context manager that shows the progress.
+
+    It stops the run, by a UserError, at a loss that is not finite, and at the end of an epoch whose features have
+    collapsed. target_spread: of what the features have to match, if anything. seen: what `so_far` returned when the
+    epoch was interrupted. clock: when, and at which step of the whole run, this process began.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        recipe: Recipe,
+        epoch: int,
+        steps: int,
+        lr: float,
+        target_spread: float = math.inf,
+        seen: tuple[list[float], list[float]] = ((), ()),
+        clock: tuple[float, int] | None = None,
+    ):
+        self.run, self.recipe, self.epoch, self.steps, self.lr = run, recipe, epoch, steps, lr
+        self.target_spread = target_spread
+        self.losses, self.spreads = map(list, seen)
+        self.begun, self.started = len(self.losses), time.perf_counter()
+        self.clock = clock or (self.started, epoch * steps + self.begun)
+        on_cpu = run.precision.device.type == "cpu"
+        self.interval = 1 if on_cpu else min(STEPS_BETWEEN_LOOKS, recipe.print_freq or STEPS_BETWEEN_LOOKS)
+        self.pending: list[Tensor] = []
+        self.even = 0.0  # the spread of rows that are evenly spread
+
+    def __enter__(self) -> "Watch":
+        # Shown at once, before the first step.
+        self.bar = tqdm(
+            total=self.steps * self.recipe.batch_size,
+            initial=self.begun * self.recipe.batch_size,
+            desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
+            unit="img",
+            unit_scale=True,
+            disable=quiet(),
+            leave=False,
+        )
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+
+    def add(self, loss: Tensor, features: Tensor) -> None:
+        """Take a step's loss () and features (R, D)."""
+        self.even = features.shape[1] ** -0.5 if len(features) > 1 else 0.0
+        self.pending.append(torch.stack([loss, spread_of(features)]))
+        if len(self.pending) >= self.interval:
+            self._look()
+        self.bar.update(self.recipe.batch_size)
+
+    def _look(self) -> None:
+        for loss, spread in torch.stack(self.pending).tolist():
+            step = len(self.losses)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {step + 1} of {self.steps} in epoch {self.epoch + 1}: "
+                    f"give a smaller --lr (now {self.lr:.3g}) or a larger --temperature; {self._kept()}"
+                )
+            self.losses.append(loss)
+            self.spreads.append(spread)
+            overall = self.epoch * self.steps + step
+            if overall % self.recipe.log_every_n_steps == 0:
+                self.run.scalars(overall, {"step/loss": loss, "step/spread": spread, "step/lr": self.lr})
+        self._print()
+        self.pending.clear()
+        shown = {"loss": f"{self.losses[-1]:.4f}", "spread": f"{self.spreads[-1]:.4f}", "lr": f"{self.lr:.3g}"}
+        self.bar.set_postfix(**shown, all_epochs=f"{self.time_left()} left")
+
+    def _print(self) -> None:
+        """The line of --print-freq: the seconds a step takes, the loss, and its mean so far."""
+        every = self.recipe.print_freq
+        if every and (len(self.losses) - 1) % every < len(self.pending):
+            each = (time.perf_counter() - self.started) / (len(self.losses) - self.begun)
+            mean = sum(self.losses) / len(self.losses)
+            self.run.say(
+                f"Epoch: [{self.epoch}][{len(self.losses) - 1}/{self.steps}]  Time {each:.3f}  "
+                f"Loss {self.losses[-1]:.4f} ({mean:.4f})"
+            )
+
+    def time_left(self) -> str:
+        """The time that the run's other steps will take, at the pace so far, as [h:]mm:ss."""
+        since, first = self.clock
+        done = self.epoch * self.steps + len(self.losses)
+        pace = (time.perf_counter() - since) / max(1, done - first)
+        return tqdm.format_interval(pace * (self.recipe.epochs * self.steps - done))
+
+    def so_far(self) -> tuple[list[float], list[float]]:
+        """The losses and spreads of the epoch's steps until now."""
+        if self.pending:
+            self._look()
+        return self.losses, self.spreads
+
+    def close(self) -> tuple[float, float]:
+        """The epoch's mean loss, and mean spread: the features' standard deviation per dimension, rows of length 1."""
+        loss, spread = (sum(values) / len(values) for values in self.so_far())
+        expected = min(self.even, self.target_spread)
+        if spread < COLLAPSED * expected:
+            raise UserError(
+                f"the features have collapsed to nearly one point in epoch {self.epoch + 1}: their spread is "
+                f"{spread:.2g}, {expected:.2g} is to be expected; give another --losstype or a smaller --lr "
+                f"(now {self.lr:.3g}); {self._kept()}"
+            )
+        return loss, spread
+
+    def _kept(self) -> str:
+        return f"{self.run.folder} keeps what was finished before this epoch"

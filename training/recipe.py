@@ -1,0 +1,85 @@
+"""How a model is trained: the settings of optimisation, and the schedule of the learning rate."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from settings import Command, Settings, setting
+
+
+@dataclass(frozen=True)
+class Protocol(Settings):
+    """Whose schedule and protocol a run follows, for scripts that can follow either."""
+
+    recipe: str = setting(
+        "standard",
+        "released: the schedule, re-asking and evaluation protocol of the 2022 code",
+        choices=("standard", "released"),
+    )
+    title = "run"
+
+
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """How a model is trained. Where neither the command line nor an attack has a value, the loss has one.
+
+    seed: of every random draw. recipe: see `Protocol`; `released` changes the schedule, see `learning_rate`.
+    """
+
+    epochs: int = setting(100, "epochs", at_least=1)
+    batch_size: int = setting(256, "images per batch", at_least=1, flags=("-b", "--batch-size"), otherwise="the loss's")
+    lr: float = setting(1e-3, "learning rate", above=0, flags=("--learning-rate", "--lr"), otherwise="the loss's")
+    weight_decay: float = setting(
+        1e-4, "weight decay", at_least=0, flags=("--weight-decay", "--wd"), otherwise="the loss's"
+    )
+    optimizer: str = setting("adam", "optimizer", choices=("adam", "sgd", "lars"), otherwise="the loss's")
+    momentum: float = setting(
+        0.9,
+        "momentum of sgd and lars",
+        at_least=0,
+        below=1,
+        acts=lambda command: "with --optimizer adam" if command.optimizer == "adam" else None,
+        otherwise="the loss's",
+    )
+    flat_epochs: int = setting(10, "epochs before the learning rate begins to fall by a cosine", at_least=0)
+    log_every_n_steps: int = setting(200, "steps between tensorboard's points of the loss", at_least=1, named=False)
+    print_freq: int | None = setting(
+        None, "steps between printed lines (default: none)", at_least=1, flags=("-p", "--print-freq"), named=False
+    )
+    logdir: Path | None = setting(None, "folder for tensorboard events (default: the run's)", named=False)
+    seed: int = 0
+    recipe: str = "standard"
+    title = "training"
+
+
+@dataclass(frozen=True)
+class LargeScale(Settings):
+    """SGD as ImageNet scale has it: a learning rate for 256 images, a cosine from the first epoch on, LARS."""
+
+    size: int = setting(224, "side of the views, in pixels", at_least=1, title="data")
+    lars: bool = setting(False, "scale each layer's step by its weights, the same as --optimizer lars")
+    start_epoch: int = setting(0, "epoch to begin with", at_least=0)
+    evaluate: bool = setting(False, "judge only, by the layer that was trained", flags=("-e", "--evaluate"))
+    title = "training"
+
+
+def use_large_recipe(command: Command, batch_size: int) -> Recipe:
+    """Put the recipe of ImageNet scale into force; its learning rate is --lr * --batch-size / 256."""
+    large = command.use(LargeScale)
+    presets = {
+        **{"batch_size": batch_size, "lr": 0.1, "weight_decay": 0.0, "flat_epochs": 0, "print_freq": 10},
+        "optimizer": "lars" if large.lars else "sgd",
+    }
+    recipe = command.use(Recipe, presets, seed=command.seed)
+    return replace(recipe, lr=recipe.lr * recipe.batch_size / 256)
+
+
+def learning_rate(recipe: Recipe, epoch: int, steps_per_epoch: int) -> float:
+    """The learning rate of an epoch, counted from 0: the base rate through epoch `flat_epochs`, then a cosine.
+
+    The cosine's half period is the number of epochs that are left. The released recipe takes the number of batches in
+    an epoch instead, as the 2022 code did: its rate may come back up, or hardly fall.
+    """
+    period = steps_per_epoch if recipe.recipe == "released" else max(1, recipe.epochs - recipe.flat_epochs)
+    since = max(0, epoch - recipe.flat_epochs)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * since / period))
