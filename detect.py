@@ -17,7 +17,7 @@ from pathlib import Path
 import runs
 from data_aug.datasets import Data, load_labelled
 from defenses.detection import Detection
-from evaluation.encoders import open_owner, pasted
+from evaluation.encoders import open_owner
 from evaluation.streams import Streams, load_others, score_all, stream_figures, stream_table
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
@@ -71,9 +71,7 @@ def main() -> None:
     figures = stream_figures(scores)
     table = stream_table(scores, figures)
     run.start()
-    run.say(
-        f"victim: {runs.relative(pasted(path))}, {len(images)} test images of {streams.dataset}, {precision}; {parting}"
-    )
+    run.say(f"{len(images)} test images of {streams.dataset}, {precision}; {parting}")
     run.say(table)
     shown.write_text(table + "\n")
     row = {
@@ -86,7 +84,7 @@ def main() -> None:
     }
     run.add_row(row)
     run.finish()
-    runs.say_next(command, "steal.py", "--victim", pasted(path), "--losstype", "mse", "--defence", "detection")
+    runs.say_steal(command, path, encoder, trained.get("dataset", ""), "--defence", "detection")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import runs
 from data_aug.datasets import DATASET_NAMES, Data, check_name
 from defenses import DEFENCES, Defence, DefenceChoice, use_defences
-from evaluation.encoders import pasted
 from evaluation.rows import rounded
 from evaluation.user import UserHead, load_user, lost_words, user_scores
 from jobs.ending import script
@@ -85,7 +84,6 @@ def main() -> None:
     scores, report = user_scores(victim, *bought)
     clean = user_scores(Victim(api, precision=precision), *bought)[0] if defences else scores
     run.start()
-    run.say(f"victim: {runs.relative(pasted(path))}")
     row = {
         **{"model": "user", "arch": encoder.arch, "downstream": name, "defence": command.defence},
         **{**rounded(scores), **rounded(clean, "clean_"), **report},
@@ -100,8 +98,7 @@ def main() -> None:
     run.add_row(row, step=command.epochs)
     run.finish()
     defended = ("--defence", command.defence) if defences else ()
-    attack = ("--victim", pasted(path), "--datasetsteal", "svhn", "--losstype", "mse")
-    runs.say_next(command, "steal.py", *attack, *defended)
+    runs.say_steal(command, path, encoder, command.dataset, *defended)
 
 
 if __name__ == "__main__":

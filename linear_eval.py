@@ -10,7 +10,7 @@ from pathlib import Path
 import runs
 from data_aug.datasets import Data
 from evaluation.downstream import Downstream, Others, instead_of_probe, judge_encoder, load_images, open_others
-from evaluation.encoders import COPIES, LOSSES, SOUGHT, SOUGHT_NAMES, EncoderChoice, open_judged, pasted, settle_search
+from evaluation.encoders import COPIES, LOSSES, SOUGHT, SOUGHT_NAMES, EncoderChoice, open_judged, settle_search
 from evaluation.probes import Probe
 from evaluation.rows import encoder_row
 from jobs.ending import script
@@ -58,8 +58,7 @@ def main() -> None:
     others = open_others(command, path, checkpoint, precision)
 
     run.start()
-    name = runs.relative(pasted(path)) if path else encoder.arch
-    run.say(f"{command.modeltype}: {name}, {len(train[1])} labelled images, {precision}")
+    run.say(f"{encoder.arch}, {len(train[1])} labelled images of {command.dataset_test}, {precision}")
     scores, state = judge_encoder(command, encoder, train, test, others, run)
     losstype = checkpoint.get("settings", {}).get("losstype")
     about = {
@@ -76,21 +75,21 @@ def main() -> None:
     save_checkpoint({"kind": "linear", "arch": encoder.arch, "state_dict": state, "row": row}, run.checkpoint)
     run.add_row(row, step=command.probe_epochs)
     run.finish()
-    suggest_next(command, path, others)
+    suggest_next(command, path, encoder, others)
 
 
-def suggest_next(command: Command, path: Path | None, others: Others) -> None:
+def suggest_next(command: Command, path: Path | None, encoder: SimCLREncoder, others: Others) -> None:
     """The next command: steal a victim, compare a copy with its victim, then ask whether it is stolen."""
     if path is None:
         runs.say_next(command, "run.py", "--arch", command.arch)
     elif command.modeltype == "victim":
-        runs.say_next(command, "steal.py", "--victim", pasted(path), "--datasetsteal", "svhn", "--losstype", "mse")
+        runs.say_steal(command, path, encoder, command.dataset)
     elif others:
-        pair = ("--victim", pasted(Path(others["victim"][0])), "--suspect", pasted(path))
+        pair = ("--victim", Path(others["victim"][0]), "--suspect", path)
         runs.say_next(command, "verify.py", "--method", "dataset-inference", *pair)
     else:
         on = ("--dataset-test", command.dataset_test)
-        runs.say_next(command, "linear_eval.py", "--stolen", pasted(path), *on, "--fidelity")
+        runs.say_next(command, "linear_eval.py", "--stolen", path, *on, "--fidelity")
 
 
 if __name__ == "__main__":

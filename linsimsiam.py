@@ -12,7 +12,7 @@ import runs
 from attacks.queries import QueryChoice
 from data_aug.datasets import Data
 from data_aug.images import Loading, picture_name
-from evaluation.encoders import Sought, pasted
+from evaluation.encoders import Sought
 from evaluation.large_scale import LargeChoice, layer_scores, open_labelled, open_large, train_layer
 from evaluation.rows import encoder_row
 from evaluation.test_images import unqueried_positions
@@ -69,7 +69,7 @@ def main() -> None:
 
     probe = run.below("probe", "probe")
     run.start()
-    run.say(f"{command.modeltype}: {runs.relative(pasted(path))}, {len(train)} labelled images, {precision}")
+    run.say(f"{encoder.arch}, {len(train)} labelled images of {command.dataset}, {precision}")
     recipe = use_large_recipe(command, batch_size=256)
     layer = train_layer(command, encoder, train, max(train.classes, test.classes), recipe, probe)
     scores, counts = layer_scores(command, encoder, layer, test, record, precision)
@@ -85,12 +85,10 @@ def main() -> None:
     run.add_row(row, step=recipe.epochs)
     run.finish()
     if command.modeltype == "victim":
-        runs.say_next(command, "stealsimsiam.py", "--pretrained", pasted(path), "--datasetsteal", "imagenet", "--lars")
+        runs.say_next(command, "stealsimsiam.py", "--pretrained", path, "--datasetsteal", "imagenet", "--lars")
     elif "victim" in checkpoint.get("settings", {}):
-        victim = checkpoint["settings"]["victim"]
-        runs.say_next(
-            command, "linsimsiam.py", "--pretrained", pasted(Path(victim)), "--dataset", command.dataset, "--lars"
-        )
+        victim = Path(checkpoint["settings"]["victim"])
+        runs.say_next(command, "linsimsiam.py", "--pretrained", victim, "--dataset", command.dataset, "--lars")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from experiments.runner import Experiment, Runner, picture, results_table, run_all
 from jobs.ending import script
 from settings import Command, Parser, Settings, setting
+from training.run import relative
 from utils import atomic_path
 
 
@@ -44,7 +45,8 @@ def main() -> None:
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(text + "\n")
     picture(rows, folder / "curves.png")
-    print(f"{text}\n\ntable, picture and rows: {folder}")
+    print(f"{text}\n\ntable, picture and rows: {relative(folder)}")
+    print(f"next: python runs.py --checkpoint-dir {relative(folder / 'checkpoints')}")
 
 
 if __name__ == "__main__":

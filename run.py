@@ -106,9 +106,7 @@ def main() -> None:
         test, _ = load_dataset(train.dataset, command.data, "test")
         print(watermark_line(model, watermark.eval(), test, precision, machine.seed))
     print(f"victim: {runs.relative(run.checkpoint)}")
-    others = "textures" if train.dataset == "shapes" else "svhn"
-    copy = ("--archstolen", train.arch, "--datasetsteal", others, "--losstype", "mse")
-    runs.say_next(command, "steal.py", "--victim", run.folder, *copy)
+    runs.say_steal(command, run.folder, model, train.dataset)
 
 
 if __name__ == "__main__":

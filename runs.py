@@ -17,7 +17,7 @@ import yaml
 from data_aug.datasets import DATASET_NAMES, check_name
 from jobs.ending import script
 from loss import TRAIN_LOSSES
-from models import USUAL, SimCLREncoder, arch_name, read_checkpoint
+from models import ARCHITECTURES, USUAL, SimCLREncoder, arch_name, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from settings import Command, Parser, Settings, setting
 from training.run import CHECKPOINT, Record, Run, as_row, open_run, plain, relative
@@ -127,6 +127,12 @@ def locate(path: Path, root: Path) -> Path:
     return found[0] if found else path
 
 
+def named(checkpoint: Path) -> Path:
+    """How commands and messages name an encoder: by its run's folder, where it is a run of this project."""
+    of_run = checkpoint.name == CHECKPOINT and (checkpoint.parent / "config.yml").exists()
+    return checkpoint.parent if of_run else checkpoint
+
+
 def runs_below(root: Path, kind: str | None = None) -> dict[Path, dict]:
     """The checkpoints of finished or unfinished runs of a kind (None: all), with their settings; oldest first."""
     found = {}
@@ -160,14 +166,16 @@ def find(
     """The checkpoint that --`flag` names, or the run of that kind below `root` that has the settings wanted.
 
     `flag` may be a path, a run's name, or a number in the list of the runs that fit. Settings that are only `preferred`
-    decide between several that fit. `besides` is left out. The run that was found is named; UserError when none fits,
+    decide between several that fit. `besides` is left out. What is taken is printed; UserError when none fits,
     or when several do: they are listed, numbered, with what differs.
     """
     root = root or command.checkpoint_dir
     given = getattr(command, flag)
     number = int(str(given)) if given is not None and str(given).isdigit() and not Path(given).exists() else None
     if given is not None and number is None:
-        return locate(Path(given), root)
+        path = locate(Path(given), root)
+        print(f"{kind}: {relative(named(path))}")
+        return path
     there = {path: settings for path, settings in runs_below(root, kind).items() if path != besides}
     fitting = {path: settings for path, settings in there.items() if _fits(settings, wanted)}
     for name, value in (preferred or {}).items():
@@ -186,7 +194,7 @@ def find(
             f"{len(fitting)} {kind} encoders fit{asked}, choose by {spelled} NUMBER: {_differences(list(fitting))}"
         )
     path = list(fitting)[(number or 1) - 1]
-    print(f"{kind} found: {relative(path.parent)}")
+    print(f"{kind}: {relative(named(path))}")
     return path
 
 
@@ -266,7 +274,6 @@ def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Re
     record.stolen_from = version_of(encoder)
     run.record = record
     queried, split = record.query_set, record.query_set["split"]
-    print(f"victim: {relative(victim)}")
     print(f"copy: {command.archstolen}, {queried['images']} images of {queried['dataset']} ({split}), {precision}")
     print(command.line())
     return run
@@ -279,8 +286,15 @@ def say_next(command: Command, script_name: str, *words: str | Path) -> None:
     """Print the command that comes next, ready to paste, with the data root and the root of runs of this one."""
     common = {"data": "-data", "checkpoint_dir": "--checkpoint-dir"}
     more = [str(word) for name, flag in common.items() if name in command.given for word in (flag, command.given[name])]
-    shown = [str(relative(word)) if isinstance(word, Path) else word for word in words]
+    shown = [str(relative(named(word))) if isinstance(word, Path) else word for word in words]
     print(f"next: python {script_name} {shlex.join([*shown, *more])}")
+
+
+def say_steal(command: Command, victim: Path, encoder: SimCLREncoder, dataset: str, *words: str) -> None:
+    """As `say_next`: steal this victim by queries from another data set than it was trained on."""
+    queries = ("--datasetsteal", "textures" if dataset == "shapes" else "svhn")
+    copy = ("--archstolen", encoder.arch) if encoder.arch in ARCHITECTURES else ()
+    say_next(command, "steal.py", "--victim", victim, *copy, *queries, "--losstype", "mse", *words)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def main() -> None:
     run.add_row(row, step=command.epochs)
     run.finish()
     print(f"copy: {runs.relative(run.checkpoint)}")
+    runs.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset_test)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def open_public(command: Command) -> tuple[Path, SimCLREncoder]:
     """The victim's file, and its encoder. UserError when the file is another than the flags say."""
     if command.victim is None:
         raise UserError("no victim: give --pretrained PATH of its checkpoint, in any layout of docs/checkpoints.md")
-    path = runs.locate(command.victim, command.checkpoint_dir)
+    path = runs.find(command, "victim", "victim", {})
     checkpoint = read_checkpoint(path)
     runs.check_named(checkpoint, path, command, {"dataset": "dataset"})
     arch = f"{command.arch}-imagenet" if "arch" in command.given else None

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import runs
 from data_aug.datasets import Data
-from evaluation.encoders import pasted
 from evaluation.ownership import METHODS, OwnershipTest, dataset_of, measure_all, open_candidates
 from evaluation.verdict import add_verdict_rows, detection_rates, judge_all, verdict_lines, verdict_table
 from jobs.ending import script
@@ -93,7 +92,7 @@ def main() -> None:
     }
     add_verdict_rows(run, test, candidates, more)
     run.finish()
-    runs.say_next(command, "detect.py", "--victim", pasted(victim), "--dataset", dataset)
+    runs.say_next(command, "detect.py", "--victim", victim, "--dataset", dataset)
 
 
 if __name__ == "__main__":

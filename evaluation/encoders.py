@@ -139,11 +139,6 @@ def open_owner(path: Path) -> tuple[SimCLREncoder, dict]:
     return runs.encoder_of(checkpoint, path), checkpoint.get("settings", {})
 
 
-def pasted(path: Path) -> Path:
-    """How a command names the encoder in a file: by the run's folder where it is a run of this project."""
-    return path.parent if (path.parent / "config.yml").exists() and path.name == CHECKPOINT else path
-
-
 # ---- those beside which a copy is judged -----------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ def open_large(command: Command) -> tuple[Path, dict, SimCLREncoder]:
     if command.modeltype == "victim":
         if command.victim is None:
             raise UserError("no victim: give --pretrained PATH of its checkpoint (or --modeltype stolen)")
-        path = runs.locate(command.victim, root)
+        path = runs.find(command, "victim", "victim", {})
         checkpoint = read_checkpoint(path)
         if command.epochstrain not in (None, checkpoint.get("epoch")):
             epochs = checkpoint.get("epoch", "unknown")

@@ -94,7 +94,7 @@ def test_everything_follows_from_one_place(extended, trained, data, tmp_path):
         assert f"{name} {value}" in stolen  # in force
         assert f"-{name.replace('_', '')}={value}" in stolen  # in the run's name
         assert f"--{name.replace('_', '-')}" in shown
-    assert "stolen found: " in judged
+    assert "stolen: " in judged
     assert "losstype similarity" in judged
     assert "queries: 24, of distinct images: 24" in mean
     held = read_checkpoint(next(tmp_path.rglob("stolen-*attack=mean_of_four*/checkpoint.pth.tar")))

@@ -322,5 +322,5 @@ def test_a_victim_by_the_name_of_its_run(call, trained, tmp_path):
     for name in (victim.name, victim):
         code, out, err = call(steal, *ATTACK, "--arch", "resnet10w32", "--epochstrain", "1", "--victim", name)
         assert code == 0, err
-        assert f"victim: {victim / 'checkpoint.pth.tar'}" in out
+        assert f"victim: {victim}" in out
     assert "layout of" not in out

@@ -171,7 +171,7 @@ def found(call, tmp_path):
 def test_only_flags_that_are_given_decide_and_what_fits_is_named(found, trained):
     path, out = found()
     assert path == trained
-    assert f"stolen found: {trained.parent}" in out
+    assert f"stolen: {trained.parent}" in out
     assert f"linear_eval.py --stolen {trained.parent} --dataset-test mnist --fidelity" in out.splitlines()[-1]
 
 

@@ -78,7 +78,7 @@ def test_the_run_that_fits_is_taken_and_named(make_run, find, capsys):
     first, second = make_run("a", arch="x", seed=0, defence=None), make_run("b", arch="y", seed=1, defence="noise")
     make_run("c", kind="stolen", arch="x")
     assert find(wanted={"arch": "x"}) == first
-    assert "victim found: " in capsys.readouterr().out
+    assert f"victim: {first.parent}" in capsys.readouterr().out
     assert find(wanted={"defence": "noise"}) == second
     assert find(wanted={"defence": None, "repeat": False}) == first  # what was not in force is off
     assert find(besides=second) == first

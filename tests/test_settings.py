@@ -18,7 +18,7 @@ import stealsimsiam
 import verify
 from attacks import ATTACKS
 from defenses import DEFENCES
-from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
+from loss import HEAD_LOSSES, LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from settings import Parser, Settings, setting, settings_of
 from training.recipe import Recipe
 from utils import UserError
@@ -203,20 +203,37 @@ def test_an_attacks_values_come_before_the_losss_and_after_what_was_given():
     assert parse(steal, "--attack rda --wd 0.5")[Recipe].weight_decay == 0.5
 
 
-def test_presets_are_those_of_the_2022_code():
-    """Batch size, learning rate, weight decay and optimizer as published, not as the table in loss.py has them."""
-    victims = {"infonce": (256, 3e-4, "adam"), "softnn": (256, 1e-3, "adam"), "supcon": (256, 0.05, "sgd")}
-    copies = {
-        **dict.fromkeys(("mse", "softce", "bce", "wasserstein"), (64, 0.001, "adam")),
-        **victims,
-        "barlow": (256, 1e-3, "adam"),
-        "symmetrized": (256, 0.05, "sgd"),
-    }
-    for table, expected in ((TRAIN_LOSSES, victims), (STEAL_LOSSES, copies)):
-        for name, values in expected.items():
-            loss = table[name]
-            assert (loss.batch_size, loss.lr, loss.optimizer) == values
-            assert (loss.weight_decay, loss.momentum) == (1e-4, 0.9)
+# Batch size, learning rate, weight decay, optimizer and momentum as published, not as the tables in loss.py have them.
+ADAM, SGD = ("adam", 0.9), ("sgd", 0.9)
+CONTRASTIVE = {
+    "infonce": (256, 3e-4, 1e-4, *ADAM),
+    "softnn": (256, 1e-3, 1e-4, *ADAM),
+    "supcon": (256, 0.05, 1e-4, *SGD),
+}
+PUBLISHED = [
+    (TRAIN_LOSSES, {**CONTRASTIVE, "barlow": (256, 3e-4, 1e-4, *ADAM), "supervised": (128, 0.1, 5e-4, *SGD)}),
+    (
+        STEAL_LOSSES,
+        {
+            **CONTRASTIVE,
+            **dict.fromkeys(("mse", "cosine", "softce", "bce", "wasserstein"), (64, 0.001, 1e-4, *ADAM)),
+            "barlow": (256, 1e-3, 1e-4, *ADAM),
+            "symmetrized": (256, 0.05, 1e-4, *SGD),
+            "contsteal": (32, 3e-4, 0.0, *ADAM),
+            "stolenencoder": (64, 1e-3, 5e-4, *SGD),
+            "rda": (100, 1e-3, 0.0, *ADAM),
+        },
+    ),
+    (LABEL_LOSSES, {"direct": (64, 3e-4, 8e-4, *ADAM), "knockoff": (64, 0.01, 5e-4, "sgd", 0.5)}),
+    (HEAD_LOSSES, dict.fromkeys(("infonce", "softnn", "mse", "msewithhead"), (256, 1e-3, 1e-4, *ADAM))),
+]
+
+
+@pytest.mark.parametrize(("table", "expected"), PUBLISHED)
+def test_presets_are_the_published_ones(table, expected):
+    assert table.keys() == expected.keys()
+    for name, values in expected.items():
+        assert tuple(table[name].presets.values()) == values, name
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -10,8 +10,11 @@ from data_aug.augment import apply_views, draw_views, rows_of
 from data_aug.images import Stored, Streamed, Views, open_pictures
 from loss import STEAL_LOSSES, TRAIN_LOSSES, nt_xent
 from models import build_copy, build_encoder, load_encoder, read_checkpoint
+from simclr import SimCLR
 from tests.conftest import Applied
-from tests.networks import losses, same, small_encoder, steal, trainer, weights
+from tests.networks import FP32, losses, same, small_encoder, steal, trainer, weights
+from training.recipe import Recipe
+from training.run import Run
 from utils import Precision, UserError, generator, seeded
 from victim import Victim
 
@@ -223,8 +226,8 @@ def test_every_combination_of_architectures(ours, theirs, tmp_path, images):
     with seeded(0):
         victim, model = Victim(build_encoder(theirs)), build_copy(ours, {"resnet50": 2048}.get(theirs, 512))
     untrained = copy.deepcopy(model.backbone.fc.state_dict())
-    job = trainer(tmp_path, model, losstype="mse", epochs=1, batch_size=2, optimizer="sgd", momentum=0.0)
-    steal(job, images, victim)
+    recipe = Recipe(epochs=1, batch_size=2, optimizer="sgd", momentum=0.0)  # whose state is small
+    steal(SimCLR(model, STEAL_LOSSES["mse"], recipe, Run(tmp_path, FP32)), images, victim)
     loaded = load_encoder(tmp_path / "checkpoint.pth.tar")
     assert loaded.arch == ours
     with torch.no_grad():

@@ -12,7 +12,7 @@ from models import read_checkpoint
 from tests.conftest import Applied
 from tests.networks import FP32, losses, same, small_encoder, steal, trainer, weights
 from training.recipe import Recipe, learning_rate
-from training.run import Run
+from training.run import Record, Run
 from utils import UserError, generator
 from victim import Victim
 
@@ -190,6 +190,13 @@ def test_a_finished_copy_that_is_resumed_keeps_its_record(tmp_path, images, enco
     assert again.run.record.figures() == whole.run.record.figures()
     assert again.run.record.figures()["queries"] == 12
     assert again.run.record.defence_report.keys() == {f"detection_{name}" for name in ("nearest", "coverage", "prada")}
+
+
+def test_a_record_of_2025_has_its_defences_report_under_another_name():
+    record = Record.of({"met": {"poisoning_poisoned": 3.0}, "ledger": {}, "query_digests": torch.zeros(2, 16)})
+    assert record.defence_report == {"poisoning_poisoned": 3.0}
+    assert record.state_dict().keys() == {"query_digests", "defence_report"}
+    assert Record.of({"met": {"a": 1.0}, "defence_report": {"a": 2.0}}).defence_report == {"a": 2.0}
 
 
 def test_resuming_against_a_changed_victim_is_refused(tmp_path, images, encoder):

@@ -233,7 +233,7 @@ def test_a_watermarked_victim_is_stolen_and_its_copy_read(call, refused, trained
     assert code == 0, err
     lines = out.splitlines()
     victims, watermark = ([line for line in lines if line.startswith(word)] for word in ("victim: ", "Water"))
-    assert [line.endswith("watermark=True/checkpoint.pth.tar") for line in victims] == [True]
+    assert ["watermark=True" in line for line in victims] == [True]
     assert [line.startswith("Watermark accuracy is") for line in watermark] == [True]
     assert WatermarkMLP.checkpoint_key not in read_checkpoint(made(out))
     other = refused(steal, *STEAL, "--watermark", "True", "--archstolen", "resnet18")
