@@ -1,9 +1,10 @@
 # make setup   .venv with everything the scripts need       make demo   the whole story on embedded data, on CPU
-# make test    the checks and tests that CI runs            make clean  removes .venv
+# make test    the checks and tests that CI runs            make slow   the other tests: whole commands, many processes
+# make clean   removes .venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test slow clean
 
 setup: .venv/.runtime
 
@@ -13,7 +14,10 @@ demo: .venv/.runtime
 test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+
+slow: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m slow
 
 clean:
 	rm -rf .venv

@@ -15,6 +15,7 @@ from evaluation.probes import Probe
 from evaluation.rows import encoder_row
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
+from models import SimCLREncoder
 from settings import Command, Parser
 from training.recipe import Protocol
 from utils import save_checkpoint

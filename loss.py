@@ -17,11 +17,11 @@ from torch import Tensor
 from settings import setting
 from training.objective import Loss
 
-# ---- between the rows of one set of features ----
+# ---- between the rows of a set of features ----
 
 
 def nt_xent(features: Tensor, views: int = 2, temperature: float = 0.07) -> Tensor:
-    """InfoNCE between the rows of one image, against all other rows (NT-Xent; Chen et al., ICML 2020, equation 1).
+    """InfoNCE between the rows of an image, against all other rows (NT-Xent; Chen et al., ICML 2020, equation 1).
 
     features (views * B, D) -> scalar. With s the cosine similarity and P(i) the other rows of row i's image:
     mean over i and p in P(i) of -log(exp(s_ip / T) / sum_{j != i} exp(s_ij / T)).
@@ -31,10 +31,10 @@ def nt_xent(features: Tensor, views: int = 2, temperature: float = 0.07) -> Tens
 
 
 def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """InfoNCE between the rows of one label, against all other rows (SupCon; Khosla et al., NeurIPS 2020, equation 2).
+    """InfoNCE between the rows of a label, against all other rows (SupCon; Khosla et al., NeurIPS 2020, equation 2).
 
-    features (R, D), labels (R,), each of them there at least twice -> scalar. With s the cosine similarity and P(i)
-    the other rows of row i's label: mean over i and p in P(i) of -log(exp(s_ip / T) / sum_{j != i} exp(s_ij / T)).
+    features (R, D), labels (R,), each label at least twice -> scalar. With s the cosine similarity and P(i) the other
+    rows of row i's label: mean over i and p in P(i) of -log(exp(s_ip / T) / sum_{j != i} exp(s_ij / T)).
     """
     unit = F.normalize(features, dim=1)
     logits = unit @ unit.T / temperature
@@ -45,13 +45,13 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
 
 
 def soft_nearest_neighbour(features: Tensor, views: int = 2, temperature: float = 100.0) -> Tensor:
-    """Soft nearest neighbour loss between the rows of one image (Frosst et al., ICML 2019, equation 1).
+    """Soft nearest neighbour loss between the rows of an image (Frosst et al., ICML 2019, equation 1).
 
     features (views * B, D) -> scalar. With squared distances d and P(i) the other rows of row i's image:
     mean_i -log(1e-9 + sum_{p in P(i)} exp(-d_ip / T) / sum_{j != i} exp(-d_ij / T)).
     """
     rows, images = len(features), len(features) // views
-    # Distances don't change with the origin; at the centre the float32 products below cancel least.
+    # Distances do not depend on the origin; centred features lose least to cancellation in the float32 products below.
     features = features - features.mean(dim=0).detach()
     norms = features.square().sum(dim=1)
     distances = (norms[:, None] + norms[None, :] - 2 * features @ features.T).clamp_min(0)
@@ -85,12 +85,12 @@ def _between_views(pair_loss: Callable[[Tensor, Tensor], Tensor], features: Tens
 
 
 def barlow(features: Tensor, views: int = 2) -> Tensor:
-    """`barlow_twins` of every two views, averaged: features (views * B, D) -> scalar."""
+    """`barlow_twins` averaged over pairs of views: features (views * B, D) -> scalar."""
     return _between_views(barlow_twins, features, views)
 
 
 def mse_between_views(features: Tensor, views: int = 2) -> Tensor:
-    """Mean squared error of every two views, averaged: features (views * B, D) -> scalar. Any constant minimises it."""
+    """Mean squared error averaged over pairs of views: features (views * B, D) -> scalar. Any constant minimises it."""
     return _between_views(F.mse_loss, features, views)
 
 
@@ -111,7 +111,7 @@ def supervised(logits: Tensor, labels: Tensor) -> Tensor:
 def infonce(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int = 1) -> Tensor:
     """InfoNCE for stealing: copy (V * B, D), victim (V * B, D) -> scalar.
 
-    Copy's and victim's rows of one image are positives of each other, all rows of both for other images negatives
+    The copy's and the victim's rows of an image are positives of each other; all rows of other images are negatives
     (2022 paper, section 4). With V views an image has 2 V rows; the loss averages over all its positives.
     """
     return nt_xent(torch.cat([copy, victim]), 2 * views, temperature)
@@ -120,7 +120,7 @@ def infonce(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int 
 def softnn(copy: Tensor, victim: Tensor, temperature: float = 100.0, views: int = 1) -> Tensor:
     """Soft nearest neighbour loss for stealing: copy (V * B, D), victim (V * B, D) -> scalar.
 
-    `soft_nearest_neighbour` over all rows of both: an image has 2 V.
+    `soft_nearest_neighbour` over all rows of both, 2 V for each image.
     """
     return soft_nearest_neighbour(torch.cat([copy, victim]), 2 * views, temperature)
 
@@ -128,8 +128,8 @@ def softnn(copy: Tensor, victim: Tensor, temperature: float = 100.0, views: int 
 def supcon(copy: Tensor, victim: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """SupCon for stealing: copy (V * B, D), victim (V * B, D), labels (B,) -> scalar.
 
-    All rows of both with the same label are positives of each other (see `supcon_training`). An attacker who uses it
-    has the true labels of the images queried, which is more than the others have.
+    All rows of both with the same label are positives of each other (see `supcon_training`). Unlike the other losses,
+    it needs the true labels of the images queried.
     """
     return supcon_training(torch.cat([copy, victim]), labels, temperature)
 
@@ -147,21 +147,21 @@ def cosine(copy: Tensor, victim: Tensor) -> Tensor:
 def softce(copy: Tensor, victim: Tensor) -> Tensor:
     """Cross-entropy of the copy's softmax with the victim's: copy (B, D), victim (B, D) -> scalar.
 
-    mean_i -sum_c softmax(victim_i)_c log softmax(copy_i)_c. (The 2022 code took the copy's own softmax as the target.)
+    mean_i -sum_c softmax(victim_i)_c log softmax(copy_i)_c. (In the 2022 code the target was the copy's softmax.)
     """
     return F.cross_entropy(copy, victim.softmax(dim=1))
 
 
 def bce(copy: Tensor, victim: Tensor) -> Tensor:
-    """Binary cross-entropy with which entries of the answer are above 0: copy (B, D), victim (B, D) -> scalar.
+    """Binary cross-entropy with the victim's active units as the target: copy (B, D), victim (B, D) -> scalar.
 
-    The target is sigmoid(victim) rounded: 1 where a unit is active, else 0. The copy's features are the logits.
+    The target is sigmoid(victim) rounded: 1 where an entry is above 0, else 0. The copy's features are the logits.
     """
     return F.binary_cross_entropy_with_logits(copy, victim.sigmoid().round())
 
 
 def wasserstein(copy: Tensor, victim: Tensor) -> Tensor:
-    """Wasserstein-1 distance of rows read as histograms over the dimensions: copy (B, D), victim (B, D) -> scalar.
+    """Wasserstein-1 distance between rows as histograms over the dimensions: copy (B, D), victim (B, D) -> scalar.
 
     mean_i sum_c |F(copy_i)_c - F(victim_i)_c|, F the running sum of a row divided by (its sum + 1e-14). Meant for
     entries >= 0, such as representations after a ReLU; it ignores their scale.
@@ -187,21 +187,22 @@ def symmetrized(copy: Tensor, victim: Tensor, views: int = 2) -> Tensor:
 def barlow_stealing(copy: Tensor, victim: Tensor) -> Tensor:
     """`barlow_twins` of the copy's features and the victim's answers to the same images: (B, D), (B, D) -> scalar.
 
-    (In the 2022 code no term joins an image's two rows, so that the victim hardly mattered.)
+    (In the 2022 code no term joined an image's two rows, so the victim hardly mattered.)
     """
     return barlow_twins(copy, victim)
 
 
 def _similarities(copy: Tensor, victim: Tensor, views: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What contrastive stealing compares, for each view by itself: cosines / T of rows (V * B, D).
+    """Cosines / T of the copy's rows (V * B, D), for each view separately.
 
-    -> with the own answer (V, B), with the others' answers and with the copy's other rows (V, B, B), itself at -inf.
+    Returns those with the image's answer (V, B), with all answers, and with all rows of the copy (V, B, B); in the last
+    two the image itself is at -inf.
     """
     copy, victim = (F.normalize(rows, dim=1).view(views, -1, rows.shape[1]) for rows in (copy, victim))
-    answers, own = copy @ victim.mT / temperature, copy @ copy.mT / temperature
+    answers, copies = copy @ victim.mT / temperature, copy @ copy.mT / temperature
     itself = torch.eye(copy.shape[1], dtype=torch.bool, device=copy.device)
     matched = answers.diagonal(dim1=1, dim2=2)
-    return matched, answers.masked_fill(itself, -math.inf), own.masked_fill(itself, -math.inf)
+    return matched, answers.masked_fill(itself, -math.inf), copies.masked_fill(itself, -math.inf)
 
 
 def contsteal(copy: Tensor, victim: Tensor, temperature: float = 0.5, views: int = 1) -> Tensor:
@@ -210,8 +211,8 @@ def contsteal(copy: Tensor, victim: Tensor, temperature: float = 0.5, views: int
     With s, f the unit rows of copy and victim, averaged over images and views:
     -log(e^{s_i.f_i/T} / (e^{s_i.f_i/T} + sum_{j != i} e^{s_i.f_j/T} + sum_{j != i} e^{s_i.s_j/T})).
     """
-    matched, answers, own = _similarities(copy, victim, views, temperature)
-    everyone = torch.cat([matched[..., None], answers, own], dim=2)
+    matched, answers, copies = _similarities(copy, victim, views, temperature)
+    everyone = torch.cat([matched[..., None], answers, copies], dim=2)
     return (torch.logsumexp(everyone, dim=2) - matched).mean()
 
 
@@ -228,8 +229,8 @@ def stolenencoder(
 ) -> Tensor:
     """StolenEncoder's loss (Liu et al., CCS 2022): copy (V * B, D), victim (V * B, D) -> scalar.
 
-    The first B rows of the copy are of the images themselves, the others of augmentations; victim repeats one answer:
-    mean distance of the first rows + lambda_aug * mean distance of the others. `distance` is a name of DISTANCES.
+    The copy's first B rows are of the images themselves, the others of augmentations; victim repeats each answer:
+    mean distance of the first rows + lambda_aug * mean distance of the others. `distance` is a name in DISTANCES.
     """
     plain, *augmented = DISTANCES[distance](copy, victim).chunk(views)
     return plain.mean() + lambda_aug * torch.cat(augmented).mean() if augmented else plain.mean()
@@ -240,10 +241,10 @@ def rda(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int = 1)
 
     victim repeats each image's prototype p. With s the copy's rows, averaged over images and views:
     -log(e^{s_i.p_i/T} / (sum_{j != i} e^{s_i.p_j/T} + sum_{j != i} e^{s_i.s_j/T})), rows of unit length, and
-    -log((cos(s_i, p_i) + 1) / |s_i - p_i|^2). 1e-6 is added to that quotient's parts: at s = p it divides by 0.
+    -log((cos(s_i, p_i) + 1) / |s_i - p_i|^2). 1e-6 is added to numerator and denominator, which is 0 at s = p.
     """
-    matched, answers, own = _similarities(copy, victim, views, temperature)
-    discrimination = (torch.logsumexp(torch.cat([answers, own], dim=2), dim=2) - matched).mean()
+    matched, answers, copies = _similarities(copy, victim, views, temperature)
+    discrimination = (torch.logsumexp(torch.cat([answers, copies], dim=2), dim=2) - matched).mean()
     angle, amplitude = F.cosine_similarity(copy, victim) + 1, (copy - victim).square().sum(dim=1)
     return discrimination + ((amplitude + 1e-6).log() - (angle + 1e-6).log()).mean()
 
@@ -265,7 +266,7 @@ _SOFTNN = {
     )
 }
 _STOLENENCODER = {
-    "distance": setting("l2", "distance of stolenencoder between answers", choices=DISTANCES),
+    "distance": setting("l2", "distance between features in stolenencoder's loss", choices=DISTANCES),
     "lambda_aug": setting(
         9.0,
         "weight of stolenencoder's augmentations",
@@ -274,7 +275,7 @@ _STOLENENCODER = {
     ),
 }
 
-# A new loss is one function above and one row here; hyper-parameters of its own are `settings` of the row.
+# A new loss is a function above and a row here; the row's `settings` are its hyper-parameters.
 TRAIN_LOSSES = {
     "infonce": Loss(nt_xent, 256, 3e-4, settings=_TEMPERATURE, min_views=2),
     "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, settings=_SOFTNN, min_views=2),
@@ -297,12 +298,12 @@ STEAL_LOSSES = {
     "stolenencoder": Loss(stolenencoder, 64, 1e-3, 5e-4, "sgd", settings=_STOLENENCODER, plain_first=True),
     "rda": Loss(rda, 100, 1e-3, 0.0, settings=_TEMPERATURE),
 }
-# Modes of steallabels.py: probabilities or labels by Adam as in the 2022 code, or by Knockoff Nets' SGD.
+# Modes of steallabels.py: Adam as in the 2022 code, or Knockoff Nets' SGD.
 LABEL_LOSSES = {
     "direct": Loss(label_cross_entropy, 64, 3e-4, 8e-4),
     "knockoff": Loss(label_cross_entropy, 64, 0.01, 5e-4, "sgd", 0.5),
 }
-# Losses of the head that stealhead.py re-creates: of its outputs for several views of each image, or against the
+# Losses of the head that stealhead.py re-creates: between its outputs for several views of each image, or against the
 # victim's true projections.
 HEAD_LOSSES = {
     "infonce": Loss(nt_xent, 256, 1e-3, settings=_TEMPERATURE, min_views=2),

@@ -253,6 +253,7 @@ def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREnco
     UserError when flags and file differ.
     """
     flags = {name: setting for name, setting in VICTIM_SETTINGS.items() if name in command.given}
+    flags |= {"watermark": "watermark"} if "watermark" in command.given else {}
     wanted = {**{setting: command.given[name] for name, setting in flags.items()}, **wanted}
     preferred = {"seed": command.given["seed"]} if "seed" in command.given else {}
     path = find(command, "victim", "victim", wanted, preferred=preferred)

@@ -233,7 +233,7 @@ class SimCLR(Loop):
         if stored:
             record.query_digests = digest_tensor(images.tensor[asked])
         else:  # views of them were sent, whose digests the ledger has
-            record.query_digests = pack_digests(sorted(victim.ledger.accounts["default"].images))
+            record.query_digests = pack_digests(sorted(victim.ledger.images))
         record.ledger = victim.ledger.state_dict()
         summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
         self.run.say(summary.format(**victim.ledger.summary()))

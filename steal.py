@@ -61,7 +61,7 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     loss, attack, copy, recipe = command[Loss], command[Attack], command[runs.Copy], command[Recipe]
-    path, checkpoint, encoder = runs.open_victim(command, **({"watermark": True} if copy.watermark else {}))
+    path, checkpoint, encoder = runs.open_victim(command)
     command.refuse_idle()  # again: the victim's file may have said which data set it is of
     mlp = read_watermark(checkpoint, str(path)) if copy.watermark else None
     if copy.victimhead and not encoder.has_head:

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# A scheduler's signals before it takes the machine away; Windows has no SIGUSR1.
+# Signals by which a scheduler announces that it will stop a job; Windows has no SIGUSR1.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class UserError(Exception):
-    """An error that the user can mend: scripts print it as one line and exit with code 2."""
+    """An error that the user can fix: scripts print it as one line and exit with code 2."""
 
 
 # ---- the first process of a job --------------------------------------------------------------------------------------
@@ -51,13 +51,13 @@ def derive_seed(seed: int, purpose: str, epoch: int = 0, process: int = 0) -> in
 
 
 def generator(seed: int, purpose: str, epoch: int = 0, process: int = 0) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`: the same draws whatever the device that uses them."""
+    """A CPU generator seeded by `derive_seed`: the same draws on every device."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, epoch, process))
 
 
 @contextlib.contextmanager
 def seeded(seed: int, purpose: str = "weights") -> Iterator[None]:
-    """Within it the global CPU generator (which initialises weights) is seeded; afterwards it is as before."""
+    """Seeds the global CPU generator (which initialises weights), and restores it at the end of the block."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, purpose))
         yield
@@ -67,7 +67,7 @@ def seeded(seed: int, purpose: str = "weights") -> Iterator[None]:
 
 
 def choose_device(name: str = "auto", gpu_index: int = 0) -> torch.device:
-    """The device of that name; `auto` is the CUDA device `gpu_index` if there is one. UserError if it isn't there."""
+    """The device of that name; `auto` is CUDA device `gpu_index`, else the CPU. UserError if it cannot be used."""
     if name == "auto":
         name = f"cuda:{gpu_index}" if torch.cuda.is_available() else "cpu"
     try:
@@ -113,7 +113,7 @@ class Precision:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        # Channels last is what both oneDNN's and cuDNN's convolutions work in: without it each call reorders.
+        # oneDNN's and cuDNN's convolutions work in channels last: any other format is reordered in each call.
         return torch.channels_last
 
     def grad_scaler(self) -> torch.amp.GradScaler:
@@ -125,7 +125,7 @@ class Precision:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes `path`'s place when all went well and goes away when not."""
+    """Yields a temporary path to write to, which replaces `path` on success and is removed on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -137,18 +137,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(content: Mapping, path: Path) -> None:
-    """Write a checkpoint of tensors and plain types, atomically; of a job's processes only the first does."""
+    """Write a checkpoint of tensors and plain types, atomically and by rank 0 only."""
     if not first_process():
         return
     with atomic_path(path) as temporary:
         try:
             torch.save(dict(content), temporary)
-        except RuntimeError as error:  # torch's writer reports a full disk so
+        except RuntimeError as error:  # torch's report of a full disk
             raise UserError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from None
 
 
 def provenance(precision: Precision) -> dict[str, str]:
-    """What a result's row says of where it comes from: command, commit, versions, device."""
+    """The provenance in a results row: command, commit, versions, device, precision."""
     device = precision.device
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)

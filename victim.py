@@ -95,7 +95,12 @@ class Ledger:
     @property
     def distinct(self) -> int:
         """Different images answered, whichever accounts asked."""
-        return len(set().union(*(account.images for account in self.accounts.values())))
+        return len(self.images)
+
+    @property
+    def images(self) -> set[bytes]:
+        """The digests of all images answered."""
+        return set().union(*(account.images for account in self.accounts.values()))
 
     @property
     def calls(self) -> int:

@@ -1,4 +1,4 @@
-"""Attackers who adapt to a defence: as whom they ask, about which images, and what they make of the answers."""
+"""Attackers who adapt to a defence: through which accounts they query which images, and how they restore answers."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from attacks.client import Client
 from data_aug.images import Images
 from defenses.buckets import Coverage, hyperplanes
 
-PILOT = 0.1  # share of its images that an attacker who avoids buckets asks before it chooses
-BITS = 12  # of that attacker's hash table: it cannot know the owner's, but any such table fills alike
+PILOT = 0.1  # share of its images that an attacker who avoids buckets queries before it chooses
+BITS = 12  # of that attacker's hash table: the owner's is secret, but all such tables fill alike
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # relative to the mean variance of a dimension
 
 
@@ -20,10 +20,10 @@ RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # relative to the mean variance of a dimension
 
 
 def ask_as_sybils(client: Client, sent: Images, sources: Tensor, sybils: int, shared: int) -> tuple[Tensor, list[str]]:
-    """Answers (R, D) to R images, spread over accounts; the first `shared` images are asked about by all accounts.
+    """Answers (R, D) to R images, spread over accounts; every account queries the first `shared` images.
 
-    Each account's answers are brought into the first account's coordinates by the linear map that does so best on the
-    shared rows: so neither a secret transform of each account nor a count of each account's queries stops them.
+    Each account's answers are mapped to the first account's coordinates by the linear map that fits the shared rows
+    best, so neither secret transforms by account nor query counts by account stop the attack.
     """
     common, rest = torch.arange(shared), torch.arange(shared, len(sent)).chunk(sybils)
     parts, found = [], []
@@ -41,17 +41,17 @@ def ask_as_sybils(client: Client, sent: Images, sources: Tensor, sybils: int, sh
 
 
 def align(theirs: Tensor, ours: Tensor, more: Tensor) -> tuple[Tensor, float]:
-    """Take further answers (M, E) of an account to another's coordinates (M, D), by the ridge regression of answers to
-    the same queries, theirs (S, E) and ours (S, D); and the share of ours' variance that the map leaves unexplained.
+    """Map `more` answers (M, E) of an account to another account's coordinates (M, D), by ridge regression.
 
-    The penalty is the one that is best on a held-out fifth, and so is that share.
+    theirs (S, E), ours (S, D): the accounts' answers to the same queries. Also returns the share of ours' variance that
+    the map leaves unexplained. The penalty is chosen, and this share measured, on a held-out fifth.
     """
-    held = max(1, len(theirs) // 5)
+    fifth = max(1, len(theirs) // 5)
 
     def error(ridge: float) -> float:
-        guess = _ridge(theirs[held:], ours[held:], ridge)(theirs[:held])
-        rest = ours[:held] - ours[held:].mean(dim=0)
-        return ((guess - ours[:held]).square().sum() / rest.square().sum().clamp_min(1e-30)).item()
+        guess = _ridge(theirs[fifth:], ours[fifth:], ridge)(theirs[:fifth])
+        rest = ours[:fifth] - ours[fifth:].mean(dim=0)
+        return ((guess - ours[:fifth]).square().sum() / rest.square().sum().clamp_min(1e-30)).item()
 
     errors = {ridge: error(ridge) for ridge in RIDGES}
     best = min(errors, key=errors.get)
@@ -74,12 +74,12 @@ def _ridge(x: Tensor, y: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
 def ask_within(
     client: Client, images: Images, features: Tensor, count: int, percent: float, draws: torch.Generator
 ) -> tuple[Tensor, Tensor, str]:
-    """Ask about at most `count` of N images, staying in few buckets.
+    """Query at most `count` of N images, staying in few buckets.
 
-    A tenth is asked blindly. A ridge regression from the attacker's features (N, F) to the answers then predicts all
-    other answers, and those predicted nearest by cosine to the centre of the fullest bucket are asked next, a tenth at
-    a time, the regression learning from each; until `count` images are asked or the attacker's hash table is `percent`
-    full. Returns which images (M,), their answers (M, D), and in words how it went.
+    The first tenth is taken as it comes. A ridge regression from the attacker's features (N, F) to the answers then
+    predicts all other answers; the images predicted nearest by cosine to the centre of the fullest bucket are queried
+    next, a tenth at a time, and the regression is fitted anew. This ends when `count` images are queried or the
+    attacker's hash table is `percent` full. Returns the images' indices (M,), their answers (M, D) and a summary.
     """
     step = max(1, int(PILOT * count))
     index = torch.arange(min(step, count))
@@ -98,16 +98,16 @@ def ask_within(
         occupied = table.add(new)[-1].item()
         left[chosen] = False
         index, answers = torch.cat([index, chosen]), torch.cat([answers, new])
-    return index, answers, f"{len(index)} of {count} images asked, its hash table {occupied:.2f} % full"
+    return index, answers, f"{len(index)} of {count} images queried, the attacker's hash table {occupied:.2f} % full"
 
 
-# ---- answers undone --------------------------------------------------------------------------------------------------
+# ---- restoring answers -----------------------------------------------------------------------------------------------
 
 
 def restore_answers(bought: Answers) -> Answers:
-    """What is left of the answers when those that were replaced are thrown away and the others are restored.
+    """The answers bought, without those that the defence replaced, and with the others restored.
 
-    An image keeps the mean of its good answers in place of the replaced ones; an image that has none is dropped.
+    The mean of an image's good answers stands in for its replaced answers; an image without good answers is dropped.
     """
     images = len(bought)
     good = ~replaced(bought.rows).view(-1, images)
@@ -126,7 +126,7 @@ def restore_answers(bought: Answers) -> Answers:
 
 
 def replaced(answers: Tensor) -> Tensor:
-    """Which answers (N, D) are of another magnitude altogether: beyond a gap of a factor of 10 between norms (N,)."""
+    """Which answers (N, D) were replaced: those whose norms lie beyond a gap of a factor of 10 between norms."""
     norms = answers.norm(dim=1)
     ordered = norms.sort().values
     ratio = ordered[1:] / ordered[:-1].clamp_min(1e-12)
@@ -136,10 +136,10 @@ def replaced(answers: Tensor) -> Tensor:
 
 
 def restore(answers: Tensor) -> tuple[Tensor, str]:
-    """Answers (N, D) as they may have been before top-k, rounding or noise changed them, and in words what was found.
+    """Estimates answers (N, D) as they were before top-k, rounding or noise; also says in words what was found.
 
-    Representations lie close to a subspace of fewer dimensions, which all answers together show: what top-k removed is
-    filled in from it, what rounding and noise added is shrunk towards it.
+    Representations lie close to a low-dimensional subspace, which all answers together show. Numbers that top-k removed
+    are filled in from it; errors by rounding and noise are shrunk towards it.
     """
     kept = (answers != 0).sum(dim=1)
     most = kept.max().item()
@@ -148,10 +148,10 @@ def restore(answers: Tensor) -> tuple[Tensor, str]:
     for decimals in range(5):
         if torch.allclose(answers, answers.round(decimals=decimals), rtol=0, atol=1e-6):
             half = 0.5 * 10**-decimals
-            smooth, _ = denoise(answers, sigma=half / 3**0.5)  # of an error spread evenly over the step
+            smooth, _ = denoise(answers, sigma=half / 3**0.5)  # of an error that is uniform over the step
             return smooth.clamp(answers - half, answers + half), f"rounding to {decimals} decimals: smoothed within it"
-    if (answers == 0).any():  # a ReLU's: noise would have moved them
-        return answers, "neither rounding nor top-k nor noise is seen: answers are taken as they are"
+    if (answers == 0).any():  # zeros of a ReLU: noise would have moved them
+        return answers, "no rounding, top-k or noise was found: answers are used as they are"
     smooth, sigma = denoise(answers)
     # Representations after a ReLU begin at 0, so an answer's smallest numbers are about the mean of the noise.
     shift = smooth.quantile(0.02, dim=1).mean().clamp_min(0)
@@ -159,11 +159,11 @@ def restore(answers: Tensor) -> tuple[Tensor, str]:
 
 
 def denoise(answers: Tensor, sigma: float | None = None) -> tuple[Tensor, float]:
-    """Answers (N, D) without most of an additive noise of independent entries, and its standard deviation.
+    """Removes most of an additive noise of independent entries from answers (N, D); returns also its deviation.
 
     Singular values of the centred matrix are shrunk by the optimal rule for squared error (Gavish & Donoho, IEEE Trans.
-    Inf. Theory 2017, equation 7). An unknown sigma is read off the lowest tenth of the spectrum, compared with that of
-    a matrix of pure noise of the same size: directions that carry little else show it.
+    Inf. Theory 2017, equation 7). An unknown sigma is estimated by comparing the lowest tenth of the spectrum, which is
+    little but noise, with that of a matrix of pure noise of the same size.
     """
     rows, dim = answers.shape
     centred = (answers - answers.mean(dim=0)).double()
@@ -175,7 +175,7 @@ def denoise(answers: Tensor, sigma: float | None = None) -> tuple[Tensor, float]
         sigma = (variance[lowest].mean() / unit[lowest].mean()).sqrt().item()
     if sigma < 1e-9 * centred.std().item():
         return answers, sigma
-    # In units of sigma times the root of the longer side, pure noise ends at 1 + sqrt(ratio of the sides).
+    # In units of sigma times the root of the longer side, the spectrum of noise ends at 1 + sqrt(ratio of the sides).
     ratio = min(rows, dim) / max(rows, dim)
     y = (variance * rows / max(rows, dim)).sqrt() / sigma
     square = (y.square() - ratio - 1).square() - 4 * ratio
@@ -185,17 +185,17 @@ def denoise(answers: Tensor, sigma: float | None = None) -> tuple[Tensor, float]
 
 
 def _spectrum(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances (R,), smallest first, and directions (D, R) of centred rows (N, D); R is their rank at most."""
+    """Variances (R,), smallest first, and directions (D, R) of centred rows (N, D); R is the largest possible rank."""
     variance, basis = torch.linalg.eigh(centred.T @ centred / len(centred))
     rank = min(len(centred) - 1, centred.shape[1])
     return variance[-rank:].clamp_min(0), basis[:, -rank:]
 
 
 def complete_topk(answers: Tensor, k: int, rounds: int = 20) -> Tensor:
-    """Fill in the zeros of answers (N, D) by a matrix of low rank, between 0 and the smallest number that was left.
+    """Fill in the zeros of answers (N, D) by low-rank completion, between 0 and the smallest number that was kept.
 
-    An answer of fewer than k numbers had no others. The rank is a sixteenth of the width: of 4 to 64 for a width of 256
-    it did well for every k tried, on encoders of shapes and of CIFAR-10.
+    An answer with fewer than k numbers is complete. The rank is a sixteenth of the width: among ranks 4 to 64 at width
+    256 it did well for every k tried, on encoders of shapes and of CIFAR-10.
     """
     known = (answers != 0) | ((answers != 0).sum(dim=1, keepdim=True) < k)
     magnitude = answers.abs().masked_fill(answers == 0, torch.inf).amin(dim=1, keepdim=True)

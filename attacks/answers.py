@@ -36,6 +36,8 @@ class Answers:
     def to(self, device: torch.device, refine: Callable[[Tensor], Tensor] | None = None) -> "Answers":
         """The same on a device, as training uses them: refined, and the prototypes where they are what is matched."""
         if not isinstance(self.rows, Tensor):
+            if refine or self.attack.prototype:
+                raise ValueError("answers that stay in a file are matched as they are: neither refined nor averaged")
             return self
         rows = self.rows.to(device)
         rows = refine(rows) if refine else rows

@@ -23,8 +23,8 @@ class Client:
 
     The file has a record for each query, in the order of asking: the image's digest, and the answer in `dtype`. What an
     earlier, killed attack already paid for is read back from it instead of being asked again: ask the same in the same
-    order. Answers in float16, which are many, stay in the file. Of a job's processes each asks about its share of a
-    batch, and rank 0 writes.
+    order. Answers in float16, unless they are means, are not read into memory. Of a job's processes each asks about its
+    share of a batch, and rank 0 writes.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Client:
         self.queries = 0
         self._sources: dict[str, list[Tensor]] = {}
         self.layout = np.dtype([("digest", np.uint8, 16), ("answer", dtype, victim.dim)])
-        self.mapped = keep is not None and dtype is np.float16
+        self.mapped = keep is not None and dtype is np.float16 and repeat == 1
         self.paid = np.empty(0, self.layout)
         if keep and keep.exists():
             whole = keep.stat().st_size // self.layout.itemsize

@@ -1,4 +1,4 @@
-"""Speed, measured against a reference in the same run: the two alternate, so that a machine's drift meets both."""
+"""Speed relative to a reference in the same run: the two alternate, so that a machine's drift affects both."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ import torch
 
 
 def alternate(rounds: int, **tasks: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each task over so many rounds in turn, after one call of each that does not count."""
+    """Median seconds of each task over `rounds` alternating rounds, after a warm-up call of each."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(rounds + 1):
         for name, task in tasks.items():
@@ -27,7 +27,7 @@ def synchronise() -> None:
 
 
 def machine() -> str:
-    """The device that the benchmarks use and how."""
+    """The device that the benchmarks use, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"

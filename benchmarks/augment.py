@@ -4,10 +4,10 @@
 
 The implementations take turns in one process, and their medians are compared. This project is measured as a step of
 training uses it (rows of an epoch's table that is on the device already) and with the draws; the table of an epoch of
-100,000 views is measured on its own. Then each operation of this project and of kornia is compared with torchvision's
-function for one float image, at the same factors. kornia is not needed by the project: `pip install --no-deps --target
-DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run. Set OMP_NUM_THREADS=1 where others use the cores: threads
-that wait for a core that another process uses make every implementation many times slower.
+100,000 views is measured separately. Then each operation of this project and of kornia is compared with torchvision's
+function for a single float image, at the same factors. The project does not need kornia: `pip install --no-deps
+--target DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run. Set OMP_NUM_THREADS=1 on a shared machine: threads
+that wait for a busy core make every implementation many times slower.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def pil_views(size: int) -> Callable:
 
 
 def kornia_views(size: int) -> Callable:
-    """One draw per image, except that kornia draws the order of the colour operations once for the batch."""
+    """A draw per image, except that kornia draws the order of the colour operations once for the batch."""
     kernel = 2 * operations.blur_radius(size) + 1
     view = torch.nn.Sequential(
         kornia_augment.RandomResizedCrop((size, size), augment.CROP_AREA, augment.CROP_RATIO, align_corners=False),
@@ -62,7 +62,7 @@ def kornia_views(size: int) -> Callable:
 
 @torch.no_grad()
 def measure(candidates: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each run; each round runs every candidate once, and the first two rounds do not count."""
+    """Milliseconds of each run; each round runs every candidate once, and the first two rounds are warm-up."""
     times = {name: [] for name in candidates}
     for _ in range(rounds + 2):
         for name, run in candidates.items():
@@ -75,7 +75,7 @@ def measure(candidates: dict[str, Callable], rounds: int, device: torch.device) 
 
 
 def largest_difference(found: Tensor, images: Tensor, function: Callable, *columns: list) -> float:
-    """Between found and function(image, value of each column), over all images."""
+    """The largest difference of `found` from function(image, a value of each column), over all images."""
     expected = [function(image, *values) for image, *values in zip(images, *columns, strict=True)]
     return (found - torch.stack(expected)).abs().max().item()
 

@@ -1,10 +1,10 @@
-"""What each defence adds to a victim's answers: its seconds and their ratio to the encoder's.
+"""The time that each defence adds to a victim's answers: seconds, and their ratio to the encoder's.
 
 python -m benchmarks.defences [--arch resnet34] [--queries 512] [--memory 10000] [--out-dim 128] [--rounds 5]
 
-The encoder answers one call of so many queries with the precision that --precision auto takes on this machine; each
-defence, at its defaults, then changes these answers. Poisoning's memory is full, and the head whose projections it
-compares is part of its time. All take turns, so only the ratios of one run mean anything.
+The encoder answers a call of --queries images with the precision that --precision auto selects on this machine; each
+defence, at its defaults, then changes these answers. Poisoning's memory is full, and its time includes the head whose
+projections it compares. All take turns, so only the ratios within a run are meaningful.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from victim import image_digests
 
 
 def full_poisoning(earlier: Tensor, project: Callable[[Tensor], Tensor], size: int = 512) -> Poisoning:
-    """Poisoning that remembers exactly these representations (M, D) of earlier queries, asked so many in a call."""
+    """Poisoning that remembers exactly these representations (M, D) of earlier queries, from calls of `size`."""
     defence = Poisoning(poison_memory=len(earlier))
     for part in earlier.split(size):
         defence.nearest(Call(digests=[], representations=part, project=project))
@@ -54,7 +54,7 @@ def tasks(
 
     def call_of(name: str) -> Callable[[], object]:
         defence = full_poisoning(earlier, project) if name == "poisoning" else DEFENCES[name]()
-        # A new query each time: it keeps the projections that were computed for it.
+        # A new Call each time: a Call keeps the projections that were computed for it.
         return lambda: defence(h, Call(digests, h, project, first=memory))
 
     return {"encoder": represent, **{name: call_of(name) for name in DEFENCES}}
@@ -62,13 +62,11 @@ def tasks(
 
 @dataclass(frozen=True)
 class Timed(Settings):
-    """What is timed."""
-
     arch: str = setting("resnet34", "architecture", read=arch_name)
     queries: int = setting(512, "queries in a call", at_least=1)
     memory: int = setting(10_000, "earlier queries that poisoning remembers", at_least=1)
     out_dim: int = setting(128, "width of the projections that poisoning compares", at_least=1)
-    rounds: int = setting(5, "timings of each, in turn", at_least=1)
+    rounds: int = setting(5, "timings of each defence", at_least=1)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""The project's linear evaluation against the classic one: seconds for 100 epochs and the ratio.
+"""The project's linear evaluation against the classic way: seconds for 100 epochs, and the ratio.
 
 python -m benchmarks.linear_eval [--arch resnet18] [--images 1000] [--classic-epochs 1] [--rounds 3]
 
-Classic: the whole backbone's forward pass in every epoch, float32, NCHW; its epochs are timed and multiplied up to 100,
-because they are all alike. Ours: representations once, then the 100 epochs of the linear layer, all of it timed.
+Classic: the whole backbone's forward pass in every epoch, float32, NCHW; a few epochs are timed and scaled to 100,
+because all are alike. Ours: representations once, then the 100 epochs of the linear layer, all of it timed.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,14 @@ EPOCHS = 100
 
 @dataclass(frozen=True)
 class Benchmark(Settings):
-    """What is timed."""
-
     arch: str = setting("resnet18", f"architecture: {USUAL}", read=arch_name)
     images: int = setting(1000, "training images; a fifth as many test images", at_least=5)
     classic_epochs: int = setting(1, "epochs of the classic way that are timed", at_least=1)
-    rounds: int = setting(3, "timings of each, in turn", at_least=1)
+    rounds: int = setting(3, "timings of both ways", at_least=1)
 
 
 def classic_epochs(encoder: nn.Module, images: Tensor, labels: Tensor, test_images: Tensor, epochs: int):
-    """A function that trains and tests a linear layer for so many epochs the classic way."""
+    """Returns a function that trains and tests a linear layer for `epochs` epochs the classic way."""
     layer = nn.Linear(encoder.dim, 10).to(images.device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-4, weight_decay=8e-4)
 

@@ -1,4 +1,4 @@
-"""What a step of stealing costs in several processes: measured here on a few, computed for many GPUs.
+"""The cost of a step of stealing in several processes: measured here for a few, computed for many GPUs.
 
 python -m benchmarks.scaling                      # starts 1, 2 and 4 processes on this machine's CPU; prints tables
 python -m benchmarks.scaling --arch resnet18-imagenet --size 64 --batch-size 32
@@ -29,22 +29,22 @@ PER_NODE = 4
 
 @dataclass(frozen=True)
 class Scaling(Settings):
-    """What is measured, and what is assumed of links between GPUs."""
+    """The measurement, and the assumptions about links between GPUs."""
 
     arch: str = setting("resnet50-imagenet", "architecture", read=arch_name)
     size: int = setting(224, "side of the images in pixels", at_least=1)
-    batch_size: int = setting(16, "images of the job's batch", at_least=1)
-    rounds: int = setting(5, "how often everything is timed", at_least=1)
-    within: float = setting(150.0, "GB/s of a GPU to others of its node (assumed)", above=0)
-    between: float = setting(20.0, "GB/s of a GPU to those of other nodes (assumed)", above=0)
-    latency: float = setting(30.0, "microseconds of a collective (assumed)", at_least=0)
+    batch_size: int = setting(16, "images in the job's batch", at_least=1)
+    rounds: int = setting(5, "number of timings", at_least=1)
+    within: float = setting(150.0, "GB/s from a GPU to others of its node (assumed)", above=0)
+    between: float = setting(20.0, "GB/s from a GPU to GPUs of other nodes (assumed)", above=0)
+    latency: float = setting(30.0, "latency of a collective in microseconds (assumed)", at_least=0)
     precision: str = setting("auto", "number format on the CPU", choices=("auto", "fp32", "bf16"))
-    measure: bool = setting(False, "be one of the processes, and print what was measured")
+    measure: bool = setting(False, "run as a process of a job, and print the measurements")
     title = "benchmark"
 
 
 def measure(args: Scaling, precision: Precision) -> dict[str, float]:
-    """Seconds of one step by InfoNCE on a batch of the job, and of what it exchanges, each by itself."""
+    """Seconds of a step with InfoNCE on the job's batch, and of each of its exchanges separately."""
     width = build_encoder(args.arch).dim
     with seeded(0):
         copy = build_copy(args.arch, width).to(memory_format=precision.memory_format)
@@ -79,7 +79,7 @@ def measure(args: Scaling, precision: Precision) -> dict[str, float]:
 
 
 def seconds_of(work: Callable[[], None], rounds: int) -> float:
-    """Seconds of a call, the median of so many after one that doesn't count."""
+    """Median seconds of `rounds` calls, after a warm-up call."""
     times = []
     for _ in range(rounds + 1):
         barrier()
@@ -92,16 +92,16 @@ def seconds_of(work: Callable[[], None], rounds: int) -> float:
 def kept_for_backward(arch: str, size: int) -> float:
     """Bytes for each image that a training step in bf16 keeps from the forward to the backward pass."""
     copy = build_encoder(arch).to(memory_format=torch.channels_last)
-    # Of two batches the difference: weights that were cast to bf16 are kept too, once.
+    # The difference between two batches, because weights that were cast to bf16 are kept too, once.
     return (_kept(copy, 4, size) - _kept(copy, 2, size)) / 2
 
 
 def _kept(copy: nn.Module, batch: int, size: int) -> int:
     seen: dict[int, int] = {}
-    held: list[Tensor] = []  # so that no memory is used twice and counted once
+    alive: list[Tensor] = []  # so that no memory is used twice and counted once
 
     def keep(tensor: Tensor) -> Tensor:
-        held.append(tensor)
+        alive.append(tensor)
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -112,7 +112,7 @@ def _kept(copy: nn.Module, batch: int, size: int) -> int:
 
 
 def exchanged(arch: str, batch: int, gpus: int) -> dict[str, float]:
-    """Bytes that each of so many GPUs sends in a step, by the usual ring algorithms; float32.
+    """Bytes that each of `gpus` GPUs sends in a step, by the usual ring algorithms; float32.
 
     gradients: all-reduce of P numbers, 2 (N - 1) / N * 4 P. features: all-gather of batch * D, (N - 1) / N * 4 B D.
     batch norms: all-gather of (2 C + 1) forward and all-reduce of 2 C backward, over all C channels.
@@ -130,7 +130,7 @@ def exchanged(arch: str, batch: int, gpus: int) -> dict[str, float]:
 
 
 def computed(args: Scaling) -> list[str]:
-    """Lines of a table for ResNet-50 at 224 and a batch of 512: bytes, seconds by the assumed links, memory."""
+    """Lines of a table for ResNet-50 at 224 and a batch of 512: bytes, time over the assumed links, memory."""
     each = kept_for_backward("resnet50-imagenet", 224)
     weights = 4 * sum(parameter.numel() for parameter in build_encoder("resnet50-imagenet").parameters())
     lines = [f"kept for backward: {each / 2**20:.0f} MiB an image; weights {weights / 2**20:.0f} MiB in float32", ""]

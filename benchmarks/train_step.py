@@ -1,9 +1,9 @@
-"""The project's training step against the classic one: images per second and the ratio.
+"""The project's training step against the classic way: images per second, and the ratio.
 
 python -m benchmarks.train_step [--archs resnet18 resnet34] [--batch-size 256] [--steps 2] [--rounds 3]
 
 Classic: PIL transforms image by image in 2 worker processes, float32, NCHW, Adam. Ours: `SimCLR.train`, with the
-precision that --precision auto takes on this machine. Both train on two views of the same images.
+precision that --precision auto selects on this machine. Both train on two views of the same images.
 """
 
 import contextlib
@@ -54,10 +54,10 @@ class TwoViews(Dataset):
 
 
 def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.device):
-    """A function that trains one epoch the classic way."""
+    """Returns a function that trains an epoch the classic way."""
     model = build_encoder(arch, out_dim=128).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, weight_decay=1e-4)
-    # Workers that stay, as a long training has them: their start is not part of a step.
+    # Persistent workers, as in a long training: their start is not part of a step.
     loader = DataLoader(
         TwoViews(images), batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True,
         pin_memory=device.type == "cuda",
@@ -75,7 +75,7 @@ def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.d
 
 
 def our_training(arch: str, images: Tensor, batch_size: int, device: torch.device, folder: Path):
-    """A function that trains one more epoch with the project's trainer."""
+    """Returns a function that trains another epoch with the project's trainer."""
     recipe = Recipe(epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4)
     model, precision = build_encoder(arch, out_dim=128), Precision.choose("auto", device)
     trainer = SimCLR(model, TRAIN_LOSSES["infonce"], recipe, Run(folder / arch, precision))
@@ -89,12 +89,10 @@ def our_training(arch: str, images: Tensor, batch_size: int, device: torch.devic
 
 @dataclass(frozen=True)
 class TrainStep(Settings):
-    """What is timed."""
-
     archs: tuple[str, ...] = setting(("resnet18", "resnet34"), "architectures", read=arch_name, several=True)
     batch_size: int = setting(256, "images per batch", at_least=1)
-    steps: int = setting(2, "steps in one timing", at_least=1)
-    rounds: int = setting(3, "timings of each, in turn", at_least=1)
+    steps: int = setting(2, "steps per timing", at_least=1)
+    rounds: int = setting(3, "timings of both ways", at_least=1)
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ TEXTURE_CLASSES = (
 SIZE = 32  # pixels per side
 SPLITS = {"train": 6_000, "test": 4_000}
 _CLASSES = 10
-_BLOCK = 250  # images with one random stream: a multiple of the ten classes, small enough for the processor's cache
-# How hard the shapes are. What random features read most easily, and what SimCLR's views discard (contrast, colour,
-# size), varies much; what marks all crops of one image but is not its class varies little.
+_BLOCK = 250  # images per random stream: a multiple of the ten classes, small enough for the processor's cache
+# How hard the shapes are. Properties that random features read easily, or that SimCLR's views discard (contrast,
+# colour, size), vary much; properties that all crops of an image share, other than its class, vary little.
 RADIUS = (4.0, 7.0)  # of a motif, pixels
 SHAPE_CONTRAST = (0.2, 0.7)  # luminance between shape and background
 SHAPE_CHROMA = 0.15
@@ -47,7 +47,7 @@ def _square(x: Array, y: Array) -> Array:
 
 
 def _star(x: Array, y: Array) -> Array:
-    # Fold the plane into one tenth; there the outline is the line from a tip (radius 1) to a notch (radius 0.4).
+    # Fold the plane into a tenth, where the outline is the line from a tip (radius 1) to a notch (radius 0.4).
     sector = np.pi / 5
     radius, angle = np.hypot(x, y), np.abs((np.arctan2(y, x) + sector) % (2 * sector) - sector)
     notch_x, notch_y = 0.4 * np.cos(sector), 0.4 * np.sin(sector)
@@ -86,11 +86,11 @@ def _dots(x: Array, y: Array) -> Array:
 _SHAPES = (_disc, _triangle, _square, _star, _ring, _cross, _half_disc, _arc, _bars, _dots)
 
 
-# ---- common parts: chance, coordinates, colours ---------------------------------------------------------------------
+# ---- common parts: random numbers, coordinates, colours -------------------------------------------------------------
 
 
 def _uniform(rng: np.random.Generator, n: int, low: float, high: float) -> Array:
-    """n numbers of [low, high), shaped (n, 1, 1) to combine with images."""
+    """n uniform numbers in [low, high), shaped (n, 1, 1) to broadcast over images."""
     return low + (high - low) * rng.random((n, 1, 1))
 
 
@@ -104,7 +104,7 @@ def _rotate(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
 
 
 def _plane(rng: np.random.Generator, n: int) -> tuple[Array, Array]:
-    """Pixel coordinates (n, SIZE, SIZE) in pixels from the centre of the image, turned by a random angle."""
+    """Coordinates (n, SIZE, SIZE) in pixels from the centre of the image, rotated by a random angle."""
     y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
     return _rotate(x, y, _uniform(rng, n, 0, 2 * np.pi))
 
@@ -132,7 +132,7 @@ def _two_colours(
 
 
 def _paint(rng: np.random.Generator, amount: Array, contrast_range: tuple[float, float], chroma: float) -> Array:
-    """Images (n, 3, SIZE, SIZE) that go from one random colour to another as amount (n, SIZE, SIZE) goes 0 -> 1."""
+    """Images (n, 3, SIZE, SIZE) that blend two random colours by `amount` (n, SIZE, SIZE) in [0, 1]."""
     first, second = (c[:, :, None, None] for c in _two_colours(rng, len(amount), contrast_range, chroma))
     return first + (second - first) * amount[:, None]
 
@@ -141,10 +141,10 @@ def _paint(rng: np.random.Generator, amount: Array, contrast_range: tuple[float,
 
 
 def _shape_masks(rng: np.random.Generator, labels: Array) -> Array:
-    """Coverage (n, SIZE, SIZE) in [0, 1] by one motif, repeated on a turned square lattice.
+    """Coverage (n, SIZE, SIZE) in [0, 1] by a motif that is repeated on a rotated square lattice.
 
-    The repetition lets a crop of a twelfth of the image still tell the class. Every copy is turned differently, lest
-    one direction mark all crops of an image better than its class does.
+    The repetition lets a crop of a twelfth of the image still show the class. Every copy is rotated differently;
+    otherwise a common direction would identify an image's crops better than the class does.
     """
     n = len(labels)
     radius = _log_uniform(rng, n, *RADIUS)
@@ -170,7 +170,7 @@ def _draw_shapes(rng: np.random.Generator, labels: Array) -> Array:
     return images
 
 
-# ---- images of textures: amounts (n, SIZE, SIZE), made [0, 1] by the caller ---------------------------------------
+# ---- images of textures: amounts (n, SIZE, SIZE), mapped to [0, 1] by the caller ------------------------------------
 
 
 def _stripes(rng: np.random.Generator, n: int) -> Array:
@@ -251,7 +251,7 @@ def _draw_textures(rng: np.random.Generator, labels: Array) -> Array:
 def _make(
     draw: Callable[[np.random.Generator, Array], Array], domain: int, split: str, n: int | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Images in blocks, each from its own stream, so that the first n images do not depend on how many follow."""
+    """Draw images in blocks with separate random streams, so the first n images do not depend on how many follow."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     n = SPLITS[split] if n is None else n
@@ -264,7 +264,7 @@ def _make(
     for start in range(0, n, _BLOCK):
         entropy = [domain, list(SPLITS).index(split), seed, start // _BLOCK]
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
-        # Each run of ten holds every class once: any prefix is balanced as well as can be.
+        # Every ten images have each class once, so any prefix is as balanced as possible.
         block_labels = np.argsort(rng.random((_BLOCK // _CLASSES, _CLASSES)), axis=1).reshape(-1)
         block = np.rint(255 * np.clip(draw(rng, block_labels), 0, 1)).astype(np.uint8)
         stop = min(start + _BLOCK, n)
@@ -277,9 +277,8 @@ def make_shapes(split: str = "train", n: int | None = None, seed: int = 0) -> tu
     """Ten classes of drawn shapes (`SHAPE_CLASSES`) in random colours, sizes, places and directions.
 
     Returns images, uint8 (n, 3, 32, 32), and labels, int64 (n,). `n` defaults to 6,000 for "train" and 4,000 for
-    "test"; the first images of a larger request are those of a smaller one. Classes are equally frequent in every
-    ten successive images, in random order. The same arguments give the same images; the global random states are
-    neither read nor changed.
+    "test"; a smaller request gets the first images of a larger request. Every ten successive images have each class
+    once, in random order. The same arguments give the same images; global random states are neither read nor changed.
 
     Raises ValueError for an unknown split, a negative n or a negative seed.
     """

@@ -1,4 +1,4 @@
-"""Defences, a file each. A new file with a subclass of `Defence` is a new defence (docs/extending.md)."""
+"""Defences, each in a file. A new file with a subclass of `Defence` is a new defence (docs/extending.md)."""
 
 import importlib
 import pkgutil
@@ -15,12 +15,12 @@ for _module in pkgutil.iter_modules(__path__):
 # The class `TopK` is the defence `topk`.
 DEFENCES: dict[str, type[Defence]] = {defence.__name__.lower(): defence for defence in Defence.__subclasses__()}
 
-# Attacks by these losses compare views of an image. --defence True poisons them; in 2022 these were infonce and softnn.
+# Attacks with these losses compare views of an image; --defence True poisons them (2022 code: infonce and softnn only).
 POISONED = ("contsteal", "infonce", "rda", "softnn")
 
 
 def parse_defences(text: str) -> list[str]:
-    """The names in a list such as `noise,rounding`. UserError for an unknown or repeated one."""
+    """Returns the names in a list such as `noise,rounding`. UserError for an unknown or repeated name."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in DEFENCES:
@@ -31,7 +31,7 @@ def parse_defences(text: str) -> list[str]:
 
 
 def read_defences(text: str) -> str | bool | None:
-    """True, None for False, or a list of defences such as `noise,rounding`, in one spelling."""
+    """Parses --defence: True, None for False, or a list such as `noise,rounding`, without spaces."""
     if text.lower() in ("true", "false"):
         return read_switch(text) or None
     return ",".join(parse_defences(text))
@@ -43,22 +43,22 @@ class DefenceChoice(Settings):
 
     defence: str | None = setting(
         None,
-        f"what the owner does to answers, in this order, such as noise,rounding: {', '.join(DEFENCES)}. True: "
-        f"poisoning of attacks by {', '.join(POISONED)}, noise for others, as in the 2022 code",
+        f"defences applied to answers, in this order, such as noise,rounding: {', '.join(DEFENCES)}. True, as in "
+        f"the 2022 code: poisoning against {', '.join(POISONED)}, noise against other losses",
         read=read_defences,
         optional_value=True,
     )
-    entropy: bool = setting(False, "the same as entropy at the end of --defence")
+    entropy: bool = setting(False, "append entropy to --defence")
     secret: int | None = setting(
         None,
-        "seed of the owner's draws (default: --seed)",
+        "seed of the defences' random draws (default: --seed)",
         acts=lambda command: None if command.defence else "without --defence",
     )
     title = "defence"
 
 
 def resolve_defences(command: Command, losstype: str) -> list[str]:
-    """The names of the defences that --defence and --entropy ask for against an attack by a loss."""
+    """Names of the defences that --defence and --entropy select against an attack with this loss."""
     asked = command.defence
     if asked is True:
         asked = "poisoning" if losstype in POISONED else "noise"
@@ -70,7 +70,7 @@ def resolve_defences(command: Command, losstype: str) -> list[str]:
 
 
 def use_defences(command: Command, losstype: str, seed: int) -> list[Defence]:
-    """Put the defences into force that the command line names: new ones, which have seen no query."""
+    """Put the defences named on the command line into force: new objects, which have seen no query."""
     choice = command.use(DefenceChoice)
     secret = seed if choice.secret is None else choice.secret
     return [command.use(DEFENCES[name], secret=secret) for name in resolve_defences(command, losstype)]

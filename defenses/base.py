@@ -1,4 +1,4 @@
-"""What every defence is made of: the call it sees, its settings, which become flags, and its random draws."""
+"""The base of every defence: the call it sees, its settings (which become flags) and its random draws."""
 
 import functools
 import hashlib
@@ -19,8 +19,8 @@ __all__ = ["Call", "Defence", "setting"]
 class Call:
     """A call of an account as the owner sees it.
 
-    digests: of its B images. representations: the encoder's true h (B, D). project: returns the projections z of them.
-    first: how many queries the account had before this call.
+    digests: those of its B images. representations: the encoder's true h (B, D). project: maps h to projections z.
+    first: number of queries that the account made before this call.
     """
 
     digests: Sequence[bytes]
@@ -39,9 +39,9 @@ class Call:
 class Defence(Settings, ABC):
     """Changes answers before an account sees them. A subclass is a dataclass whose `setting` fields become flags.
 
-    `secret` is the owner's: it seeds every draw, so that nobody else can repeat them. A defence whose answers depend on
-    earlier queries has `remembers` set and keeps what it remembers by account. A defence that compares projections has
-    `needs_head` set.
+    Only the owner knows `secret`, which seeds every draw, so that nobody else can repeat them. `remembers` is set where
+    answers depend on earlier queries; such state is kept per account. `needs_head` is set where projections are
+    compared.
     """
 
     secret: int = field(default=0, repr=False)
@@ -51,10 +51,10 @@ class Defence(Settings, ABC):
 
     @abstractmethod
     def __call__(self, answers: Tensor, call: Call) -> Tensor:
-        """Answers (B, E) to give instead of answers (B, D)."""
+        """Returns the answers (B, E) to give instead of `answers` (B, D)."""
 
     def width(self, dim: int) -> int:
-        """The width E that it makes of answers of `dim` numbers. UserError when it cannot work on these."""
+        """Width E of the answers that it returns for answers of width `dim`. UserError for a width it cannot handle."""
         return dim
 
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
@@ -67,7 +67,7 @@ class Defence(Settings, ABC):
         return f"with --defence {command.defence}" if command.defence else "without --defence"
 
     def normal(self, call: Call, width: int, by_image: bool = False) -> Tensor:
-        """Standard normal draws (B, width): a row for each query of the account, or the same row for the same image."""
+        """Standard normal draws (B, width): new for each query of an account, or with `by_image` fixed by the image."""
         if by_image:
             keys: Iterable[str] = (digest.hex() for digest in call.digests)
         else:
@@ -77,8 +77,8 @@ class Defence(Settings, ABC):
 
 
 def _normal_row(key: str, width: int) -> np.ndarray:
-    """Standard normal draws (width,), float32, that follow from the key."""
-    # Philox takes 128 bits of a key; torch's generator takes 32, of which an attacker could try all.
+    """Standard normal draws (width,), float32, determined by the key."""
+    # Philox takes a 128-bit key; torch's generator takes 32 bits, few enough for an attacker to try them all.
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     draws = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     return draws.standard_normal(width, np.float32)

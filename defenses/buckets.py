@@ -1,4 +1,4 @@
-"""B4B: noise that grows with how much of the representations' space an account has explored."""
+"""B4B: noise that grows with the share of the representation space that an account has explored."""
 
 import math
 from collections.abc import Mapping
@@ -10,23 +10,23 @@ from torch import Tensor
 from defenses.base import Call, Defence, setting
 from utils import UserError, generator
 
-LARGEST = 1e6  # standard deviation: far beyond beta the formula leaves what a number can hold
+LARGEST = 1e6  # standard deviation: far beyond beta the formula overflows
 
 
 class Coverage:
-    """Which buckets of a hash by random hyperplanes an account's representations (B, D) have fallen into."""
+    """The buckets of a hash by random hyperplanes that an account's representations (B, D) have fallen into."""
 
     def __init__(self, normals: Tensor):
         self.normals = normals  # (bits, D)
         self.occupied = torch.zeros(2 ** len(normals), dtype=torch.bool, device=normals.device)
 
     def bucket(self, representations: Tensor) -> Tensor:
-        """Numbers (B,) of the buckets that rows fall into."""
+        """Returns the index (B,) of each row's bucket."""
         bits = (representations.float() @ self.normals.T > 0).long()
         return (bits << torch.arange(len(self.normals), device=bits.device)).sum(dim=1)
 
     def add(self, representations: Tensor) -> Tensor:
-        """Enter rows in their order; the percentage of all buckets that is occupied after each (B,), float32."""
+        """Add rows in order; returns the percentage of buckets occupied after each row (B,), float32."""
         bucket = self.bucket(representations)
         row = torch.arange(len(bucket), device=bucket.device)
         first = torch.full_like(self.occupied, len(row), dtype=torch.long).scatter_reduce(0, bucket, row, "amin")
@@ -47,15 +47,15 @@ def hyperplanes(bits: int, dim: int, draws: torch.Generator) -> Tensor:
 
 @dataclass
 class Buckets(Defence):
-    """Buckets for Bots (B4B; Dubinski et al., NeurIPS 2023): adds N(0, sigma(o)^2), o an account's coverage in percent.
+    """Bucks for Buckets (B4B; Dubinski et al., NeurIPS 2023): adds N(0, sigma(o)^2), o the account's coverage in %.
 
-    sigma(o) = lambda (exp(ln(alpha / lambda) o / beta) - 1): next to nothing while an account stays in few of the
-    2^bits buckets, about alpha where it has been in beta percent of them. The coverage is the account's after each
-    query, so the answers do not depend on how a stream is cut into calls.
+    sigma(o) = lambda (exp(ln(alpha / lambda) o / beta) - 1): almost 0 while an account has visited few of the 2^bits
+    buckets, about alpha once it has visited beta percent of them. Coverage is updated after each query, so answers do
+    not depend on how a stream is split into calls.
     """
 
     bucket_bits: int = setting(12, "hyperplanes that hash representations into 2^N buckets", at_least=1, at_most=24)
-    bucket_lambda: float = setting(1e-6, "how flat the noise of buckets starts: lambda in B4B's formula", above=0)
+    bucket_lambda: float = setting(1e-6, "lambda in B4B's formula: scale of buckets' noise at low coverage", above=0)
     bucket_alpha: float = setting(0.8, "standard deviation of buckets' noise at a coverage of beta", above=0)
     bucket_beta: float = setting(80.0, "coverage in percent at which buckets' noise is alpha", above=0, at_most=100)
     remembers = True
@@ -64,7 +64,7 @@ class Buckets(Defence):
     def __post_init__(self):
         super().__post_init__()
         if self.bucket_alpha <= self.bucket_lambda:
-            raise UserError(f"--bucket-alpha {self.bucket_alpha} is not above lambda, {self.bucket_lambda}: give more")
+            raise UserError(f"--bucket-alpha {self.bucket_alpha} is not above --bucket-lambda {self.bucket_lambda}")
 
     def sigma(self, coverage: Tensor) -> Tensor:
         """Standard deviation of the noise at a coverage in percent."""
@@ -80,10 +80,10 @@ class Buckets(Defence):
         return answers + sigma[:, None] * self.normal(call, answers.shape[1])
 
     def coverage(self, account: str = "default") -> float:
-        """Percentage of the buckets that the account has been in."""
+        """Percentage of the buckets that the account has visited."""
         return self._coverage[account].percent if account in self._coverage else 0.0
 
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
-        """The largest coverage in percent of an account, and the standard deviation of its noise by now."""
+        """Largest coverage of any account in percent, and the current standard deviation of its noise."""
         coverage = max(map(self.coverage, sources), default=0.0)
         return {"coverage": coverage, "sigma": self.sigma(torch.tensor(coverage)).item()}

@@ -1,9 +1,9 @@
-"""Dataset inference for encoders: one trained on some images, or stolen from one that was, gives itself away on them.
+"""Dataset inference for encoders: an encoder, and a copy of it, treat its training images unlike other images.
 
 Dziedzic et al., NeurIPS 2022 (arXiv 2209.09024): the owner has a suspect represent the victim's training images, fits a
-density to the representations of one half of them, and looks whether the other half is likelier under it than images
-that the victim never saw. Where an encoder does not know the images, both are as likely. It needs no mark in the
-victim; whether it separates is a matter of the victim, so the victim's own figures are the first to look at.
+density to the representations of half of them, and tests whether the other half is likelier under it than images that
+the victim never saw. For an encoder that was never trained on the images, both are equally likely. The victim needs no
+mark. Whether the method separates depends on the victim, so look at the victim's figures first.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from utils import UserError, derive_seed, generator
 
 COMPONENTS = 10  # the authors' number for CIFAR-10 and SVHN; 50 for ImageNet
-MAX_ITERATIONS = 1000  # of expectation maximisation, as theirs
+MAX_ITERATIONS = 1000  # of expectation maximisation, the authors' number too
 
 
 def halves(count: int, number: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,10 @@ def halves(count: int, number: int | None = None, seed: int = 0) -> tuple[Tensor
 def log_likelihoods(fitted: Tensor, *others: Tensor, components: int = COMPONENTS, seed: int = 0) -> tuple[Tensor, ...]:
     """Log-likelihoods, (N,) in nats, of each of `others` (N, D) under a Gaussian mixture fitted to `fitted` (M, D).
 
-    All are representations, whose lengths don't count: rows are divided by them. Covariances are diagonal, with
-    scikit-learn's floor of 1e-6 for a variance. The same seed gives the same mixture.
+    All are representations; rows are first normalised to unit length. Covariances are diagonal, with scikit-learn's
+    floor of 1e-6 for a variance. The same seed gives the same mixture.
     """
-    from sklearn.mixture import GaussianMixture  # here, because it takes a second
+    from sklearn.mixture import GaussianMixture  # imported here, because it takes a second
 
     mixture = GaussianMixture(
         components,

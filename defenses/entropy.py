@@ -9,7 +9,7 @@ from defenses.base import Call, Defence
 
 @dataclass
 class Entropy(Defence):
-    """Answers the softmax of an answer: its scale and offset are gone. What 2022's `--entropy` was meant for."""
+    """Returns the softmax of each answer: the evident intent of the 2022 code's `--entropy`."""
 
     def __call__(self, answers: Tensor, call: Call) -> Tensor:
         return answers.softmax(dim=1)

@@ -11,13 +11,13 @@ from defenses.base import Call, Defence, setting
 class Noise(Defence):
     """Adds N(mu, sigma^2) to every number of an answer (2022 paper, section on defences).
 
-    One draw for each answer: the same image asked again gets a fresh one, unless the noise is consistent; then it
-    follows from the image's pixels and the owner's secret, and averaging repeated answers gains nothing.
+    Every answer has a new draw, also for a repeated image, unless the noise is consistent. Then it is a function of the
+    image's pixels and the owner's secret, and averaging repeated answers gains nothing.
     """
 
-    mu: float = setting(5.0, "mean of what noise adds")
-    sigma: float = setting(0.5, "standard deviation of what noise adds and of what poisoning answers", at_least=0)
-    consistent_noise: bool = setting(False, "the same image gets the same noise again")
+    mu: float = setting(5.0, "mean of the noise added to answers")
+    sigma: float = setting(0.5, "standard deviation of the noise added to answers and of poisoned answers", at_least=0)
+    consistent_noise: bool = setting(False, "give a repeated image the same noise")
 
     def __call__(self, answers: Tensor, call: Call) -> Tensor:
         return answers + self.mu + self.sigma * self.normal(call, answers.shape[1], self.consistent_noise)

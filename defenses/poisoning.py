@@ -1,4 +1,4 @@
-"""Similarity-triggered poisoning: the 2022 code's first defence, with a memory of the whole account."""
+"""Similarity-triggered poisoning: the 2022 code's first defence, with a memory across an account's calls."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from defenses.base import Call, Defence, setting
 from defenses.nearest import Memory
 from utils import UserError
 
-REPLACEMENT = 1000.0  # the mean of what is answered to a query that looks like an earlier one
+REPLACEMENT = 1000.0  # mean of the answer to a query that looks like an earlier query
 
 
 @dataclass
 class Poisoning(Defence):
-    """Answers N(1000, sigma^2) to a query whose projection is close to that of an earlier one of the account.
+    """Answers N(1000, sigma^2) to a query whose projection is close to that of an earlier query of the account.
 
     Close means (cos + 1) / 2 above the threshold (2022 code): two views of one image, which contrastive attacks send.
-    Each query is compared with the `poison_memory` queries before it, exactly, whether they came in this call or in
-    earlier ones; so the answers do not depend on how a stream is cut into calls.
+    Each query is compared with the `poison_memory` queries before it, exactly, whether in this call or an earlier call,
+    so answers do not depend on how a stream is split into calls.
     """
 
-    sigma: float = setting(0.5, "standard deviation of what noise adds and of what poisoning answers", at_least=0)
+    sigma: float = setting(0.5, "standard deviation of the noise added to answers and of poisoned answers", at_least=0)
     poison_memory: int = setting(
         10_000, "earlier queries of an account that poisoning compares a query with", at_least=1
     )
@@ -41,7 +41,7 @@ class Poisoning(Defence):
         return torch.where((similarity > self.poison_threshold)[:, None], replacement, answers)
 
     def nearest(self, call: Call) -> Tensor:
-        """The largest (cos + 1) / 2 of each query (B,) to an earlier one of the account, -inf to none."""
+        """Largest (cos + 1) / 2 of each query (B,) with an earlier query of the account; -inf for the first query."""
         if call.account not in self._seen:
             self._seen[call.account] = Memory(self.poison_memory)
         similarity = 1 - self._seen[call.account].nearest(call.projections) / 2
@@ -49,13 +49,13 @@ class Poisoning(Defence):
         return similarity
 
     def scores(self, account: str = "default") -> Tensor:
-        """What `nearest` gave for the account's queries so far, in their order (N,), on the CPU."""
+        """The results of `nearest` for the account's queries so far (N,), in order, on the CPU."""
         return torch.cat(self._scores[account]).cpu() if self._scores[account] else torch.empty(0)
 
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
-        """Poisoned answers, and F1 and AUC for telling the queries that repeat an image of the account from the others.
+        """Number of poisoned answers, with F1 and AUC of telling repeats of the account's images from other queries.
 
-        Without a repeated image there is nothing to tell apart, and no F1 or AUC.
+        F1 and AUC are left out where no image was repeated.
         """
         scores = torch.cat([self.scores(account) for account in sources])
         truth = torch.cat([repeats(images) for images in sources.values()])
@@ -66,7 +66,7 @@ class Poisoning(Defence):
 
 
 def repeats(images: Tensor) -> Tensor:
-    """Which of a stream's queries (N,), given by the number of their image, come after another one of it."""
+    """Whether each query of a stream, given by image index (N,), repeats an image queried before."""
     first = torch.ones(len(images), dtype=torch.bool)
     order = images.sort(stable=True).indices
     first[order[1:]] = images[order[1:]] != images[order[:-1]]
@@ -74,9 +74,9 @@ def repeats(images: Tensor) -> Tensor:
 
 
 def detection_figures(scores: Tensor, truth: Tensor, threshold: float) -> dict[str, float]:
-    """F1 of scores above the threshold, and AUC of the scores (N,), for telling the queries that are `truth` (N,).
+    """F1 of scores (N,) above the threshold, and AUC of the scores, as predictions of `truth` (N,).
 
-    UserError when all queries are of one kind: then neither means anything.
+    UserError when all queries are of one kind: both are undefined then.
     """
     from sklearn.metrics import f1_score, roc_auc_score
 

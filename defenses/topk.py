@@ -1,4 +1,4 @@
-"""Answers of which only the largest numbers are left."""
+"""Answers reduced to their largest numbers."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from utils import UserError
 
 @dataclass
 class TopK(Defence):
-    """Keeps the k numbers of largest magnitude of an answer, the rest is zero (StolenEncoder, Liu et al., CCS 2022)."""
+    """Sets all but the k numbers of largest magnitude of an answer to zero (StolenEncoder, Liu et al., CCS 2022)."""
 
-    top_k: int = setting(64, "numbers of an answer that topk leaves", at_least=1)
+    top_k: int = setting(64, "numbers of an answer that topk keeps", at_least=1)
 
     def width(self, dim: int) -> int:
         if self.top_k > dim:

@@ -1,4 +1,4 @@
-"""Each account's answers in a coordinate system of its own, so that several accounts cannot pool what they bought."""
+"""A different secret coordinate system for each account, so that accounts cannot pool the answers they bought."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ PADDING = 0.25  # share of an answer's width that `pad-shuffle` adds
 
 
 def _orthogonal(dim: int, draws: torch.Generator) -> Map:
-    """A random rotation or reflection: distances and angles stay."""
+    """A random rotation or reflection: it preserves distances and angles."""
     q, r = torch.linalg.qr(torch.randn(dim, dim, generator=draws))
     turn = q * r.diagonal().sign()  # uniform over the orthogonal group (Mezzadri 2007)
     return lambda answers: answers @ turn.to(answers)
@@ -26,7 +26,7 @@ def _shuffle(dim: int, draws: torch.Generator) -> Map:
 
 
 def _scale_shuffle(dim: int, draws: torch.Generator) -> Map:
-    """A factor in [0.5, 2] and an offset in [-1, 1] for each dimension, which are then shuffled."""
+    """Scales each dimension by a factor in [0.5, 2], adds an offset in [-1, 1], and shuffles the dimensions."""
     scale = 2 ** (2 * torch.rand(dim, generator=draws) - 1)
     shift = 2 * torch.rand(dim, generator=draws) - 1
     shuffle = _shuffle(dim, draws)
@@ -38,14 +38,14 @@ def _padding(dim: int) -> int:
 
 
 def _pad_shuffle(dim: int, draws: torch.Generator) -> Map:
-    """Constants between 0 and 1 are added as further dimensions, and all are shuffled."""
+    """Appends constants between 0 and 1 as further dimensions, and shuffles all dimensions."""
     constants = torch.rand(_padding(dim), generator=draws)
     shuffle = _shuffle(dim + len(constants), draws)
     return lambda answers: shuffle(torch.cat([answers, constants.to(answers).expand(len(answers), -1)], dim=1))
 
 
 def _binary(dim: int, draws: torch.Generator) -> Map:
-    """Which side of as many random hyperplanes as there are dimensions an answer lies on, as 0 and 1."""
+    """On which side of each of `dim` random hyperplanes an answer lies, as 0 and 1."""
     normals = torch.randn(dim, dim, generator=draws)
     return lambda answers: (answers @ normals.to(answers) > 0).to(answers)
 
@@ -61,15 +61,13 @@ KINDS = {
 
 @dataclass
 class Transform(Defence):
-    """Passes an account's answers through a secret map of its own (B4B, Dubinski et al., NeurIPS 2023, against sybils).
+    """Maps each account's answers by a different secret function (B4B, Dubinski et al., NeurIPS 2023, against sybils).
 
-    orthogonal, shuffle: distances and angles stay, so a user's task does not suffer; scale-shuffle, pad-shuffle and
-    binary as B4B has them. After `buckets` in the list it completes that defence.
+    orthogonal and shuffle preserve distances and angles, so a user's task does not suffer; scale-shuffle, pad-shuffle
+    and binary are B4B's. `--defence buckets,transform` is B4B's complete defence.
     """
 
-    transform: str = setting(
-        "orthogonal", "the map that transform applies, a different one for each account", choices=KINDS
-    )
+    transform: str = setting("orthogonal", "kind of secret map that transform draws for each account", choices=KINDS)
     _maps: dict[str, Map] = field(default_factory=dict, repr=False)
 
     def width(self, dim: int) -> int:

@@ -1,4 +1,4 @@
-"""Answers of which only the first dimensions are sold."""
+"""Answers cut to their first dimensions."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from utils import UserError
 
 @dataclass
 class Truncate(Defence):
-    """Answers the first so many dimensions only: answers get narrower."""
+    """Returns only the first `dimensions` numbers of an answer: answers get narrower."""
 
-    dimensions: int = setting(128, "dimensions of an answer that truncate leaves", at_least=1)
+    dimensions: int = setting(128, "dimensions of an answer that truncate keeps", at_least=1)
 
     def width(self, dim: int) -> int:
         if self.dimensions > dim:

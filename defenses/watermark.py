@@ -1,8 +1,8 @@
-"""The rotation watermark: an encoder trained so that a small network of the owner's reads half turns off it.
+"""The rotation watermark: an encoder trained so that the owner's MLP can read from it how far an image was turned.
 
 The 2022 paper's proof of ownership: the owner trains the encoder together with an MLP that tells images rotated by
-0-180 degrees from images rotated by 180-360 degrees. A copy answers as the encoder does, so the MLP reads it too; on an
-encoder that was trained by somebody else it guesses.
+0-180 degrees from images rotated by 180-360 degrees. A copy answers like the encoder, so the MLP works on it too; on an
+independently trained encoder it guesses.
 """
 
 from collections.abc import Mapping
@@ -34,37 +34,37 @@ class WatermarkMLP(nn.Module):
 
 
 def draw_turns(count: int, draws: torch.Generator) -> Tensor:
-    """Angles in degrees (2 * count,) on the CPU: for each image from 0 to 180, then for each from 180 to 360."""
+    """Random angles in degrees (2 * count,) on the CPU: `count` from 0 to 180, then `count` from 180 to 360."""
     half = torch.arange(2).repeat_interleave(count)
     return 180 * (half + torch.rand(len(half), generator=draws))
 
 
 def half_turns(images: Tensor, degrees: Tensor) -> tuple[Tensor, Tensor]:
-    """The uint8 images (B, 3, H, W), each turned by the first and by the second of its angles of `draw_turns` (2 * B,).
+    """Turns each uint8 image (B, 3, H, W) by both of its angles in `degrees` (2 * B,), which `draw_turns` drew.
 
-    Returns float (2 * B, 3, H, W) in [0, 1], all first halves first, and labels (2 * B,) of 0 and 1.
+    Returns float (2 * B, 3, H, W) in [0, 1], those turned by 0-180 degrees first, and labels (2 * B,) of 0 and 1.
     """
     half = torch.arange(2, device=images.device).repeat_interleave(len(images))
     return rotate(images.repeat(2, 1, 1, 1), degrees), half
 
 
 def read_watermark(checkpoint: Mapping, source: str) -> WatermarkMLP:
-    """The MLP that a victim's checkpoint holds, in eval mode; UserError when it holds none.
+    """The MLP in a victim's checkpoint, in eval mode; UserError where there is none.
 
-    The 2022 code's older files call it `mlp_state_dict`.
+    Older files of the 2022 code call it `mlp_state_dict`.
     """
     state = checkpoint.get(WatermarkMLP.checkpoint_key, checkpoint.get("mlp_state_dict"))
     if state is None:
-        raise UserError(f"{source} holds no watermark's MLP: train a victim by run.py --watermark True")
+        raise UserError(f"{source} holds no watermark MLP: train a victim with run.py --watermark True")
     if "input.weight" not in state:
-        raise UserError(f"{source} holds something else than a watermark's MLP: {', '.join(list(state)[:4])}")
+        raise UserError(f"{source} holds something other than a watermark MLP: {', '.join(list(state)[:4])}")
     mlp = WatermarkMLP(state["input.weight"].shape[1])
     load_checked(mlp, state, source)
     return mlp.eval()
 
 
 def check_width(mlp: WatermarkMLP, encoder: SimCLREncoder, name: str = "this encoder") -> None:
-    """UserError when the MLP reads representations of another width than the encoder's."""
+    """UserError when the MLP expects representations of another width than the encoder's."""
     if mlp.input.in_features != encoder.dim:
         raise UserError(
             f"{name} gives representations of {encoder.dim} numbers, the victim's watermark reads "
@@ -78,9 +78,9 @@ def watermark_scores(
 ) -> tuple[Tensor, Tensor]:
     """How well the MLP reads an encoder in eval mode on uint8 images (N, 3, H, W), each turned twice.
 
-    Returns whether its answer was right, bool (2 * N,), and the probability that it gave the right half, (2 * N,), on
-    the CPU, all first halves first. The same seed turns the images by the same angles, whatever the encoder. UserError
-    when the MLP reads representations of another width.
+    Returns whether each of its answers was right, bool (2 * N,), and the probability it gave to the right label
+    (2 * N,), on the CPU, in the order of `half_turns`. Angles depend on the seed only, not on the encoder. UserError
+    when the MLP expects representations of another width.
     """
     check_width(mlp, encoder)
     encoder, mlp = encoder.to(precision.device).eval(), mlp.to(precision.device)
@@ -98,6 +98,6 @@ def watermark_scores(
 def watermark_line(
     encoder: SimCLREncoder, mlp: WatermarkMLP, images: Tensor, precision: Precision, seed: int = 0
 ) -> str:
-    """The share in percent that `watermark_scores` finds right, in the words of the 2022 code."""
+    """The accuracy in percent by `watermark_scores`, in the words of the 2022 code."""
     right, _ = watermark_scores(encoder, mlp, images, precision, seed)
     return f"Watermark accuracy is {100 * right.float().mean():.2f}. ({len(images)} test images, each turned twice)"

@@ -1,12 +1,12 @@
-"""How good an encoder is, how close a copy is to its victim, who stole and who attacks.
+"""How good an encoder is, how close a copy is to its victim, whether it was stolen, and who attacks.
 
 represent   representations by a frozen encoder      user       what a paying user loses under a defence
-probes      classifiers of representations           ownership  is this encoder stolen? (verdict: what a test says)
-fidelity    how close a copy is to its victim        streams    streams of queries of attackers and users
-released    the protocol of the 2022 code            encoders   which encoder is judged, and beside which others
-test_images which images may be tested on            statistics tests behind a claim, and the ROC
+probes      classifiers of representations           ownership  is this encoder stolen? (verdict: the answer in words)
+fidelity    how close a copy is to its victim        streams    attackers' and users' streams of queries
+released    the protocol of the 2022 code            encoders   which encoder is judged, and compared with which
+test_images which test images may be used            statistics tests behind a claim, and the ROC
 
-What is exported here takes tensors and encoders alone; scripts import the other modules by name.
+The names exported here take tensors and encoders only; scripts import the other modules by name.
 """
 
 from evaluation.fidelity import agreement, compare, fidelity, linear_cka, neighbour_overlap

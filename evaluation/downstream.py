@@ -1,4 +1,4 @@
-"""The scores of an encoder on a downstream data set, by the probe, the protocol or the fine-tuning that was chosen."""
+"""An encoder's scores on a downstream data set, by a probe, the protocol of the 2022 code or fine-tuning."""
 
 import copy
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from training.represent import represent
 from training.run import Record, Run
 from utils import Precision, seeded
 
-Others = dict[str, tuple[str, SimCLREncoder]]  # of a copy: its victim and an independent encoder, each with its name
+Others = dict[str, tuple[str, SimCLREncoder]]  # a copy's victim and an independent encoder, each with its name
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -43,13 +43,13 @@ def _without_layer(command: Command) -> str | None:
 
 def _without_copy(command: Command) -> str | None:
     if command.modeltype != "stolen":
-        return f"with --modeltype {command.modeltype}: it is a copy's"
+        return f"with --modeltype {command.modeltype}: only a copy has a victim"
     return instead_of_probe(command)
 
 
 @dataclass(frozen=True)
 class Downstream(Settings):
-    """On which images an encoder is judged, and what is done besides."""
+    """The images on which an encoder is judged, and what else is done."""
 
     dataset_test: str = setting(
         "cifar10",
@@ -59,27 +59,26 @@ class Downstream(Settings):
         title="data",
     )
     num_labeled: int = setting(
-        50000, "labelled images, class-balanced", at_least=1, flags=("-n", "--num-labeled"), title="data"
+        50000, "number of labelled images, class-balanced", at_least=1, flags=("-n", "--num-labeled"), title="data"
     )
     num_test: int | None = setting(
         None,
-        "number of test images to use, the last ones",
+        "use the last N test images",
         at_least=1,
         otherwise="all that the copy cannot have queried",
         title="data",
     )
     finetune: bool = setting(
         False,
-        "train the whole encoder on the labelled images instead",
+        "fine-tune the whole encoder on the labelled images instead",
         acts=lambda command: "with --recipe released" if command.recipe == "released" else None,
     )
-    save: bool = setting(False, "keep the classifier, encoder and linear layer, in the checkpoint", acts=_without_layer)
+    save: bool = setting(False, "save the classifier, encoder and linear layer, in a checkpoint", acts=_without_layer)
     fidelity: bool = setting(False, "compare the copy with its victim", acts=_without_copy, title="fidelity")
     independent: str | None = setting(
         None,
-        "the encoder whose figures stand beside the copy's: `random` for an untrained one, or its checkpoint, run "
-        "folder or run name",
-        otherwise="the other victim of the same data set and architecture, such as one of another seed",
+        "independent encoder to compare the copy with: `random` (untrained), or its checkpoint, run folder or run name",
+        otherwise="another victim of the same data set and architecture, for example of another seed",
         named=False,
         acts=lambda command: None if command.fidelity else "without --fidelity",
         title="fidelity",
@@ -87,11 +86,11 @@ class Downstream(Settings):
     title = "probe"
 
 
-# ---- what is opened --------------------------------------------------------------------------------------------------
+# ---- opening ---------------------------------------------------------------------------------------------------------
 
 
 def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labelled, Labelled, int]:
-    """Labelled images to train on and to test on, and how many of the latter the copy of this checkpoint queried."""
+    """Labelled training and test images, and how many of the latter were queried for the copy in this checkpoint."""
     chosen: Downstream = command[Downstream]
     images, labels = load_labelled(chosen.dataset_test, root, "train")
     if chosen.num_labeled < len(labels):
@@ -104,7 +103,7 @@ def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labe
 
 
 def open_others(command: Command, path: Path, checkpoint: Mapping, precision: Precision) -> Others:
-    """The victim of a copy and an independent encoder, on the device; none without --fidelity."""
+    """The victim of a copy and an independent encoder, on the device; empty without --fidelity."""
     if not command.fidelity:
         return {}
     victim_path, victim = victim_of(command, path, checkpoint)
@@ -119,7 +118,7 @@ def open_others(command: Command, path: Path, checkpoint: Mapping, precision: Pr
 def judge_encoder(
     command: Command, encoder: SimCLREncoder, train: Labelled, test: Labelled, others: Others, run: Run
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Scores on images with labels, beside `others` where there are any, and what is kept of the classifier."""
+    """Scores on labelled images, compared with `others` where there are any, and the state_dict to save."""
     probe: Probe = command[Probe]
     precision, seed = run.precision, command.seed
 
@@ -146,7 +145,7 @@ def judge_encoder(
 def finetuned_scores(
     encoder: SimCLREncoder, train: Labelled, test: Labelled, probe: Probe, run: Run, seed: int
 ) -> dict[str, float]:
-    """Scores of a copy of the encoder with a linear layer, all of it trained on the labelled images."""
+    """Scores after fine-tuning a copy of the encoder with a linear layer on the labelled images."""
     model = copy.deepcopy(encoder).requires_grad_(True)
     with seeded(seed, "probe"):
         model.backbone.fc = nn.Linear(model.dim, classes_of(train, test))
@@ -158,6 +157,6 @@ def finetuned_scores(
 
 
 def _backbone_of(encoder: SimCLREncoder) -> dict[str, Tensor]:
-    """The weights of the encoder without its head, as files of the 2022 code name them."""
+    """The encoder's weights without its head, by the keys of the 2022 code."""
     state = encoder.state_dict()
     return {k.removeprefix("backbone."): v.cpu() for k, v in state.items() if not k.startswith("backbone.fc.")}

@@ -1,4 +1,4 @@
-"""Which encoder linear_eval.py judges, and beside which others: found by the settings of whatever made it."""
+"""Which encoder linear_eval.py judges, and compares with which others: found by the settings of their runs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from utils import UserError, seeded
 from victim import version_of
 
 LOSSES = {**STEAL_LOSSES, **TRAIN_LOSSES, **LABEL_LOSSES}
-COPIES = (*ATTACKS, "stealhead", "steallabels")  # what copies' runs call the attack that made them
+COPIES = (*ATTACKS, "stealhead", "steallabels")  # values of `attack` in the runs of copies
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -26,15 +26,15 @@ COPIES = (*ATTACKS, "stealhead", "steallabels")  # what copies' runs call the at
 
 @dataclass(frozen=True)
 class EncoderChoice(Settings):
-    """What kind of encoder is judged."""
+    """The kind of encoder that is judged."""
 
-    modeltype: str = setting("stolen", "which is judged", choices=("victim", "stolen", "random"))
+    modeltype: str = setting("stolen", "kind of encoder to judge", choices=("victim", "stolen", "random"))
     arch: str = setting(
         "resnet34",
         f"the judged encoder's architecture: {USUAL}",
         read=arch_name,
         flags=("-a", "--arch"),
-        otherwise="any; of a random encoder resnet34",
+        otherwise="any; resnet34 for a random encoder",
     )
     title = "encoder"
 
@@ -48,12 +48,12 @@ class Watermarked(Settings):
 @dataclass(frozen=True)
 class Trained(Settings):
     epochs: int = setting(100, "epochs that the copy was trained for", at_least=1)
-    head: bool = setting(False, "the copy is stealhead.py's: the same as --attack stealhead")
+    head: bool = setting(False, "the copy was made by stealhead.py: the same as --attack stealhead")
     title = "encoder"
 
 
 class Sought:
-    """The settings of another owner as flags by which an encoder is looked for: only those that are given count.
+    """The settings of another owner as flags by which an encoder is found: only flags that are given count.
 
     They are never in force, so config.yml leaves them out. `kinds` are the values of --modeltype with which they have
     an effect.
@@ -64,12 +64,12 @@ class Sought:
         self.settings = {name: _as_flag(declared) for name, declared in settings_of(owner).items()}
 
     def absent(self, command: Command) -> str | None:
-        """Why the flags have no effect; None where they say which encoder."""
+        """Why the flags have no effect; None where they select an encoder."""
         return None if command.modeltype in self.kinds else f"with --modeltype {command.modeltype}"
 
 
 def _as_flag(declared: Setting) -> dataclasses.Field:
-    """The field of a setting that is read as its owner reads it."""
+    """A field for the setting, parsed as its owner parses it."""
     switch = declared.optional_value or declared.kind is bool
     again = dataclasses.replace(declared, read=declared.parse, optional_value=switch, otherwise="any")
     return dataclasses.field(default=declared.default, metadata={"setting": again})
@@ -85,15 +85,15 @@ def _sought() -> list[Sought]:
     ]
 
 
-SOUGHT = _sought()  # every owner of settings that tell one victim or copy from another
+SOUGHT = _sought()  # every owner of settings that distinguish victims or copies
 SOUGHT_NAMES = {name for owner in SOUGHT for name in owner.settings}
-# Settings of a victim's run that have other names where a copy is looked for.
+# Flags that a victim's run, or a copy's, has under another name.
 _OF_VICTIM = {"epochstrain": "epochs", "lossvictim": "losstype"}
 _OF_COPY = {"arch": "archstolen"}
 
 
 def settle_search(command: Command) -> None:
-    """Say what --head, --defence True and --entropy mean by the settings that runs have."""
+    """Translate --head, --defence True and --entropy into the settings that runs have."""
     if command.head:
         if command.given.get("attack", "stealhead") != "stealhead":
             raise UserError(f"--head and --attack {command.attack} contradict each other: give one")
@@ -107,9 +107,9 @@ def settle_search(command: Command) -> None:
 
 
 def open_judged(command: Command) -> tuple[Path | None, dict, SimCLREncoder]:
-    """The encoder to judge, with its file and what that holds; no file for a random encoder.
+    """The encoder to judge, with its file and checkpoint; no file for a random encoder.
 
-    UserError when none fits the flags given, or several do, or the file is of another encoder than they say.
+    UserError when no encoder or several encoders fit the flags given, or the file contradicts them.
     """
     kind = command.modeltype
     if kind == "random":
@@ -131,7 +131,7 @@ def open_judged(command: Command) -> tuple[Path | None, dict, SimCLREncoder]:
 
 
 def open_owner(path: Path) -> tuple[SimCLREncoder, dict]:
-    """A victim's encoder, and the settings that it was trained with. UserError for a copy, or a victim not finished."""
+    """A victim's encoder and its training settings. UserError for a copy or an unfinished victim."""
     checkpoint = read_checkpoint(path)
     runs.check_finished(checkpoint, path)
     if "query_digests" in checkpoint:
@@ -139,12 +139,12 @@ def open_owner(path: Path) -> tuple[SimCLREncoder, dict]:
     return runs.encoder_of(checkpoint, path), checkpoint.get("settings", {})
 
 
-# ---- those beside which a copy is judged -----------------------------------------------------------------------------
+# ---- the encoders that a copy is compared with -----------------------------------------------------------------------
 
 
 def victim_of(command: Command, copy: Path, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
     """The victim that a copy was stolen from. UserError when the file holds other weights, or none is known."""
-    above = copy.parent.parent / CHECKPOINT  # where it stays when the folder of all runs is moved
+    above = copy.parent.parent / CHECKPOINT  # true also after the folder of all runs was moved
     version = checkpoint.get("stolen_from")
     if version is None and not command.victim:  # a copy of the 2022 code
         raise UserError(f"{copy} does not say which victim it was stolen from: give --victim PATH")
@@ -161,10 +161,10 @@ def victim_of(command: Command, copy: Path, checkpoint: dict) -> tuple[Path, Sim
 
 
 def independent_of(command: Command, victim: Path, encoder: SimCLREncoder) -> tuple[str, SimCLREncoder]:
-    """An encoder that has nothing to do with the victim, and what to call it."""
+    """The name of an encoder that is independent of the victim, and the encoder."""
     if command.independent == "random":
         if encoder.arch not in ARCHITECTURES:
-            raise UserError(f"{victim} is a {encoder.arch}, of which none is made here: give --independent PATH")
+            raise UserError(f"{victim} is a {encoder.arch}, which cannot be built here: give --independent PATH")
         with seeded(command.seed, "independent"):
             return "random", build_encoder(encoder.arch)
     settings = read_checkpoint(victim).get("settings", {})

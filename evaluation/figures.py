@@ -1,4 +1,4 @@
-"""Pictures of what encoders are worth: accuracies, and which images they hold for similar."""
+"""Pictures that compare encoders: their accuracies, and which images are neighbours in their representations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +17,15 @@ FRAME = 1  # white pixels around each image
 
 
 def nearest_images(encoder: nn.Module, images: Tensor, queries: int = 5, shown: int = 6) -> Tensor:
-    """Indices (queries, shown) of the images nearest by cosine to the first ones, each first, by an encoder."""
+    """Indices (queries, shown) of the images nearest by cosine to each of the first `queries`, which comes first."""
     h = F.normalize(represent(encoder, images), dim=1)
     return (h[:queries] @ h.T).topk(shown, dim=1).indices
 
 
 def neighbour_picture(rows: Sequence[Mapping], arch: str, path: Path) -> None:
-    """Bars of the accuracies in `rows`, and for each encoder five test images of shapes with their nearest five.
+    """A bar chart of the accuracies in `rows`, and for each encoder five test images of shapes with their nearest five.
 
-    A row without a checkpoint is of an untrained encoder of this architecture.
+    A row without a checkpoint stands for an untrained encoder of this architecture.
     """
     import matplotlib
 

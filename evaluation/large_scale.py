@@ -20,14 +20,14 @@ from training.represent import represent
 from training.run import Record, Run
 from utils import Precision, UserError, seeded
 
-# Flags that say which copy, with the setting of its run that each is about.
+# Flags that select a copy, with the setting of its run that each refers to.
 OF_COPY = {"datasetsteal": "datasetsteal", "losstype": "losstype", "num_queries": "num_queries"}
 OF_COPY |= {"epochssteal": "epochs", "arch": "archstolen"}
 
 
 @dataclass(frozen=True)
 class LargeChoice(Settings):
-    """Which encoder is judged, on which images."""
+    """The encoder that is judged, and the images."""
 
     dataset: str = setting(
         "cifar10",
@@ -38,10 +38,10 @@ class LargeChoice(Settings):
     )
     augment: bool = setting(
         False,
-        "train on random crops in every epoch, instead of the centres' representations computed once",
+        "train on new random crops in every epoch, instead of centre crops represented once",
         title="data",
     )
-    modeltype: str = setting("victim", "which is judged", choices=("victim", "stolen"))
+    modeltype: str = setting("victim", "kind of encoder to judge", choices=("victim", "stolen"))
     victim: Path | None = setting(
         None,
         "the victim's checkpoint, run folder or run name, in any layout of docs/checkpoints.md",
@@ -72,7 +72,7 @@ class LargeChoice(Settings):
 
 
 def open_large(command: Command) -> tuple[Path, dict, SimCLREncoder]:
-    """The encoder to judge, with its file and what that holds. UserError when none is named or fits the flags given."""
+    """The encoder to judge, with its file and checkpoint. UserError when none is named, or none fits the flags."""
     named = {name: of_run for name, of_run in OF_COPY.items() if name in command.given}
     root = command.checkpoint_dir
     if command.modeltype == "victim":
@@ -100,7 +100,7 @@ def open_large(command: Command) -> tuple[Path, dict, SimCLREncoder]:
 
 
 def open_labelled(name: str, root: Path, split: str) -> Pictures:
-    """The pictures of a split. UserError where one has no label."""
+    """The pictures of a split. UserError where any has no label."""
     pictures = open_pictures(name, root, split)
     if (pictures.labels < 0).any():
         raise UserError(f"the {split} split of {name} has images without labels: choose another data set")
@@ -110,9 +110,9 @@ def open_labelled(name: str, root: Path, split: str) -> Pictures:
 def train_layer(
     command: Command, encoder: SimCLREncoder, pictures: Pictures, classes: int, recipe: Recipe, run: Run
 ) -> nn.Linear:
-    """The linear layer, trained on the centres of images represented once, or on new crops in every epoch.
+    """The linear layer, trained on centre crops represented once, or on new random crops in every epoch.
 
-    With --evaluate it is that of the run's checkpoint. UserError where there is none.
+    With --evaluate, the layer of the run's checkpoint. UserError where there is none.
     """
     if command.evaluate and not isinstance(run.resume, Path):
         run.resume = run.checkpoint
@@ -120,7 +120,7 @@ def train_layer(
             raise UserError(f"no linear layer at {run.checkpoint} to --evaluate: train it first, without that flag")
     with seeded(command.seed, "probe"):
         layer = nn.Linear(encoder.dim, classes)
-        nn.init.normal_(layer.weight, std=0.01)  # as in the 2022 work, and MoCo's before
+        nn.init.normal_(layer.weight, std=0.01)  # as in the 2022 code, and in MoCo's before it
         nn.init.zeros_(layer.bias)
     trainer = SimCLR(layer, TRAIN_LOSSES["supervised"], recipe, run)
     trainer.first_epoch = max(trainer.first_epoch, recipe.epochs if command.evaluate else command.start_epoch)
@@ -135,7 +135,7 @@ def train_layer(
 
 
 def represent_centres(encoder: SimCLREncoder, images: Streamed, precision: Precision) -> torch.Tensor:
-    """Representations (N, D) of images that are many: in float16."""
+    """Representations (N, D) in float16, because the images are many."""
     return represent(encoder, images, precision, batch_size=256, dtype=torch.float16)
 
 
@@ -143,7 +143,7 @@ def represent_centres(encoder: SimCLREncoder, images: Streamed, precision: Preci
 def layer_scores(
     command: Command, encoder: SimCLREncoder, layer: nn.Linear, pictures: Pictures, record: Record, precision: Precision
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Scores in percent on the centres of the images that the copy did not query, and how many these are."""
+    """Scores in percent on centre crops of the images that the copy did not query, and the numbers of images."""
     positions = unqueried_positions(pictures, record)
     images = Streamed(Views(pictures, "center", command.size), positions, command.workers)
     logits = layer(represent_centres(encoder, images, precision).float())

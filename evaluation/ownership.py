@@ -1,4 +1,4 @@
-"""What gives a stolen encoder away: the two methods of verify.py, measured on an encoder and judged beside others."""
+"""Evidence of theft: the two methods of verify.py, measured on an encoder and compared with independent encoders."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from utils import Precision, UserError
 from victim import version_of
 
 Figures = dict[str, float]
-Measured = tuple[Tensor, ...]  # what a method measures on an encoder, on the CPU
+Measured = tuple[Tensor, ...]  # a method's measurements of an encoder, on the CPU
 
 
 def _with_watermark(command: Command) -> str | None:
@@ -30,15 +30,15 @@ def _with_watermark(command: Command) -> str | None:
 
 @dataclass(frozen=True)
 class OwnershipTest(Settings):
-    """By what method encoders are tested, on which images, and when a test counts as passed."""
+    """The method by which encoders are tested, the images, and the level at which a test is passed."""
 
-    method: str | None = setting(None, "what gives a copy away", choices=("watermark", "dataset-inference"))
+    method: str | None = setting(None, "how copies are recognised", choices=("watermark", "dataset-inference"))
     level: float = setting(0.05, "p-value below which a test is passed", above=0, below=1)
     dataset: str | None = setting(
-        None, "data set that the victim was trained on", read=check_name, otherwise="what its file says"
+        None, "data set that the victim was trained on", read=check_name, otherwise="as its file says"
     )
     num_test: int | None = setting(
-        None, "number of test images to use, the last ones", at_least=1, otherwise="all that were not queried"
+        None, "use the last N test images", at_least=1, otherwise="all that were not queried"
     )
     num_train: int | None = setting(
         None,
@@ -60,7 +60,7 @@ class OwnershipTest(Settings):
 
 @dataclass
 class Candidate:
-    """An encoder under test: `kind` is victim, suspect or independent; the rest is filled in as the tests go.
+    """An encoder under test. `kind`: victim, suspect or independent; the tests fill in `measured` and the rest.
 
     found: whether it was found to be stolen, None where the method cannot decide.
     """
@@ -81,7 +81,7 @@ class Candidate:
 
 
 def open_candidates(victim: Path, suspects: Sequence[Path], independents: Sequence[Path]) -> list[Candidate]:
-    """The victim, the suspects and the independent encoders. UserError for one that cannot be what it is given as."""
+    """The victim, the suspects and the independent encoders. UserError for a file that cannot have the role given."""
     paths = [("victim", victim), *(("suspect", path) for path in suspects)]
     paths += [("independent", path) for path in independents]
     candidates = []
@@ -102,7 +102,7 @@ def open_candidates(victim: Path, suspects: Sequence[Path], independents: Sequen
 
 
 def dataset_of(test: OwnershipTest, victim: Candidate) -> str:
-    """The data set that the victim was trained on. UserError where the file does not say, or says another."""
+    """The data set that the victim was trained on. UserError where its file does not say, or contradicts --dataset."""
     known = victim.settings.get("dataset")
     if known is None and test.dataset is None:  # a victim of the 2022 code
         raise UserError(f"{victim.path} does not say which data set it was trained on: give --dataset NAME")
@@ -112,7 +112,7 @@ def dataset_of(test: OwnershipTest, victim: Candidate) -> str:
 
 
 def unseen_images(test: OwnershipTest, dataset: str, root: Path, candidates: Sequence[Candidate]) -> Tensor:
-    """Test images uint8 (N, 3, H, W) that no encoder's thief is known to have queried: the same for all encoders."""
+    """Test images uint8 (N, 3, H, W) that no attacker is known to have queried: the same for all encoders."""
     records = [Record.of(candidate.checkpoint) for candidate in candidates if "query_set" in candidate.checkpoint]
     # `load_test` returns a suffix of the same split for every encoder, so the shortest suffix is safe for all.
     images = min((load_test(dataset, root, record, test.num_test)[0] for record in (Record(), *records)), key=len)
@@ -122,7 +122,7 @@ def unseen_images(test: OwnershipTest, dataset: str, root: Path, candidates: Seq
 
 
 def training_images(dataset: str, root: Path, victim: Candidate) -> Tensor:
-    """The images uint8 (N, 3, H, W) that the victim was trained on, as run.py took them."""
+    """The images uint8 (N, 3, H, W) that the victim was trained on, as run.py selects them."""
     settings = victim.settings
     loss = TRAIN_LOSSES.get(settings.get("losstype"))
     split = "train" if loss and loss.needs_labels else unlabelled_split(dataset)
@@ -135,14 +135,14 @@ def training_images(dataset: str, root: Path, victim: Candidate) -> Tensor:
 # ---- the two methods -------------------------------------------------------------------------------------------------
 
 Measure = Callable[[Candidate], Measured]
-# (test, data root, candidates, precision, seed) -> what measures a candidate, and how many images there are of what.
+# (test, data root, candidates, precision, seed) -> a function that measures a candidate, and the numbers of images.
 Prepare = Callable[[OwnershipTest, Path, Sequence[Candidate], Precision, int], tuple[Measure, dict[str, int]]]
 
 
 def measure_watermark(
     test: OwnershipTest, root: Path, candidates: Sequence[Candidate], precision: Precision, seed: int
 ) -> tuple[Measure, dict[str, int]]:
-    """To measure: whether each image's two turned versions were read right, bool (2, N), and its mean score (N,)."""
+    """Measures whether each image's two turned versions were read right, bool (2, N), and its mean score (N,)."""
     victim = candidates[0]
     mlp = read_watermark(victim.checkpoint, str(victim.path))
     for candidate in candidates:
@@ -151,19 +151,19 @@ def measure_watermark(
 
     def measure(candidate: Candidate) -> Measured:
         right, probability = watermark_scores(candidate.encoder, mlp, images, precision, seed)
-        # An image's two versions are one draw of an image, not two.
+        # The two versions of an image are not independent draws, so they are averaged.
         return right.view(2, -1), probability.view(2, -1).mean(dim=0)
 
     return measure, {"test_images": len(images)}
 
 
 def judge_watermark(measured: Measured, others: Sequence[Measured]) -> Figures:
-    """Accuracy in percent, effect size and p-values of an encoder's reading, beside those of independent encoders.
+    """Accuracy in percent, effect size and p-values of a watermark reading; `others`: independent encoders' readings.
 
-    p_binomial: images of which both versions were read right, against those of which both were read wrong. The others
-    say nothing: an MLP that gives every image the same answer reads one version of each right. p_t: Welch's t-test
-    against each image's mean score on the others. p_encoders: `further_draw` of the accuracy. The effect is Cohen's d
-    of the scores against the others', or without others their distance from 0.5.
+    p_binomial: images with both versions read right, against those with both read wrong. The remaining images say
+    nothing: an MLP that always gives the same answer reads one version of each right. p_t: Welch's t-test against each
+    image's mean score over `others`. p_encoders: `further_draw` of the accuracy. effect: Cohen's d of the scores
+    against those of `others`, or without others their distance from 0.5.
     """
     right, score = measured
     accuracy = 100 * right.double().mean().item()
@@ -182,16 +182,16 @@ def judge_watermark(measured: Measured, others: Sequence[Measured]) -> Figures:
 def measure_inference(
     test: OwnershipTest, root: Path, candidates: Sequence[Candidate], precision: Precision, seed: int
 ) -> tuple[Measure, dict[str, int]]:
-    """To measure: log-likelihoods of images that the victim was trained on (N,), and of images that it was not (M,)."""
+    """Measures log-likelihoods of images that the victim was trained on (N,), and of images that it never saw (M,)."""
     dataset = dataset_of(test, candidates[0])
     trained = training_images(dataset, root, candidates[0])
     fitted, held_out = halves(len(trained), test.num_train, seed)
     unseen = unseen_images(test, dataset, root, candidates)
     if test.components > len(fitted):
-        raise UserError(f"--components {test.components} is more than the {len(fitted)} images that are fitted")
+        raise UserError(f"--components {test.components} is more than the {len(fitted)} images to fit")
     for candidate in candidates:
         if candidate.kind == "independent" and candidate.settings.get("dataset") == dataset:
-            print(f"note: {candidate.path} was trained on {dataset} too: dataset inference may find it for that")
+            print(f"note: {candidate.path} was trained on {dataset} too: dataset inference may call it stolen for that")
 
     def measure(candidate: Candidate) -> Measured:
         encoder = candidate.encoder.to(precision.device, memory_format=precision.memory_format)
@@ -202,9 +202,9 @@ def measure_inference(
 
 
 def judge_inference(measured: Measured, others: Sequence[Measured]) -> Figures:
-    """Difference in nats, Cohen's d and p-values of an encoder's log-likelihoods, beside those of independent ones.
+    """Difference in nats, Cohen's d and p-values of log-likelihoods; `others`: those of independent encoders.
 
-    p_t: Welch's t-test of held-out training images against unseen ones. p_encoders: `further_draw` of the effect.
+    p_t: Welch's t-test of held-out training images against unseen images. p_encoders: `further_draw` of the effect.
     """
     trained, unseen = measured
     effect = cohens_d(trained, unseen)
@@ -217,7 +217,7 @@ def judge_inference(measured: Measured, others: Sequence[Measured]) -> Figures:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to tell copies: what it measures, the figures that follow, the figure of its ROC, a verdict's claim."""
+    """A way to recognise copies: its measurements, the figures from them, the figure for the ROC, a verdict's claim."""
 
     prepare: Prepare
     judge: Callable[[Measured, Sequence[Measured]], Figures]
@@ -236,7 +236,7 @@ METHODS = {
         measure_inference,
         judge_inference,
         "effect",
-        "log-likelihood of the victim's training images less that of unseen ones {difference:.3g} nats",
+        "log-likelihood of the victim's training images minus that of unseen images {difference:.3g} nats",
     ),
 }
 
@@ -244,7 +244,7 @@ METHODS = {
 def measure_all(
     test: OwnershipTest, root: Path, candidates: Sequence[Candidate], precision: Precision, seed: int
 ) -> dict[str, int]:
-    """Measure every candidate by the test's method; returns how many images there are of what."""
+    """Measure every candidate by the test's method; returns the numbers of images."""
     measure, counts = METHODS[test.method].prepare(test, root, candidates, precision, seed)
     for candidate in candidates:
         candidate.measured = measure(candidate)

@@ -25,9 +25,9 @@ def _without_training(command: Command) -> str | None:
 
 @dataclass(frozen=True)
 class Probe(Settings):
-    """What reads a frozen encoder's representations, and how it is trained."""
+    """The classifier of a frozen encoder's representations, and how it is trained."""
 
-    probe: str = setting("linear", "what reads representations", choices=("linear", "mlp", "knn"))
+    probe: str = setting("linear", "classifier of the representations", choices=("linear", "mlp", "knn"))
     probe_epochs: int = setting(100, "epochs of the probe", at_least=1, acts=_without_training)
     batch_size: int = setting(256, "images per batch", at_least=1, flags=("-b", "--batch-size"), acts=_without_training)
     lr: float = setting(
@@ -49,7 +49,7 @@ def top1_top5(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 @dataclass
 class Classifier:
-    """A classifier of representations and what it scored; a linear one also has `weight` (C, D) and `bias` (C,)."""
+    """Scores and predictions of a classifier; a linear classifier also has `weight` (C, D) and `bias` (C,)."""
 
     scores: dict[str, float]
     predictions: Tensor  # of the test images (N,)
@@ -58,10 +58,10 @@ class Classifier:
 
 
 def linear_probe(train: Labelled, test: Labelled, lr: float = 1e-4, seed: int = 0, **options) -> Classifier:
-    """The 2022 probe: a linear layer by Adam and cross-entropy, judged after its last epoch.
+    """The 2022 probe: a linear layer trained with Adam and cross-entropy, judged after its last epoch.
 
-    train, test: representations (N, D) on one device and labels (N,). Its hyper-parameters are the defaults (see
-    `_train_layers` for the other options); lr is 3e-4 for victims there.
+    train, test: representations (N, D) and labels (N,), all on one device. The defaults are the 2022 code's (other
+    options: `_train_layers`); for victims its lr is 3e-4.
     """
     with seeded(seed, "probe"):
         layer = nn.Linear(train[0].shape[1], classes_of(train, test))
@@ -73,7 +73,7 @@ def linear_probe(train: Labelled, test: Labelled, lr: float = 1e-4, seed: int = 
 def mlp_probe(
     train: Labelled, test: Labelled, lr: float = 1e-4, seed: int = 0, hidden: int = 512, **options
 ) -> Classifier:
-    """As `linear_probe`, by Linear(D, hidden), ReLU, Linear(hidden, C)."""
+    """As `linear_probe`, with Linear(D, hidden), ReLU, Linear(hidden, C)."""
     with seeded(seed, "probe"):
         width = train[0].shape[1]
         layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes_of(train, test)))
@@ -81,7 +81,7 @@ def mlp_probe(
 
 
 def classes_of(train: Labelled, test: Labelled) -> int:
-    """How many outputs a classifier of these needs."""
+    """The number of outputs that a classifier for these labels needs."""
     return int(max(train[1].max(), test[1].max())) + 1
 
 
@@ -120,15 +120,15 @@ def _train_layers(
 def logistic_regression(train: Labelled, test: Labelled, seed: int = 0) -> Classifier:
     """Multinomial logistic regression on standardised representations, trained to convergence by L-BFGS.
 
-    Minimises mean cross-entropy + strength / 2 * |weight|^2; the strength is the one of STRENGTHS that is best on a
-    held-out tenth of the training set, and the classifier is then trained on all of it. The weights returned apply to
-    the representations as they came.
+    Minimises mean cross-entropy + strength / 2 * |weight|^2, with the strength of STRENGTHS that is best on a held-out
+    tenth of the training set; the classifier is then trained on all of it. The weights returned apply to the
+    representations as given.
     """
     (features, labels), (test_features, test_labels) = train, test
     mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
     standard = (features - mean) / std
-    # In the basis of the principal components the penalty reads the same, and its Hessian is nearly diagonal.
-    # In float64: the float32 routine gives up on some matrices of low rank, such as those of fewer images than numbers.
+    # In the basis of the principal components the penalty is the same, and the loss's Hessian is nearly diagonal.
+    # In float64: the float32 routine fails on some low-rank matrices, such as those of fewer images than dimensions.
     spread, basis = (x.float() for x in torch.linalg.eigh((standard.T @ standard / len(standard)).double()))
     rotated = standard @ basis
     classes = classes_of(train, test)
@@ -154,15 +154,15 @@ def _affine(features: Tensor, solution: Tensor) -> Tensor:
 
 
 def _minimise(features: Tensor, labels: Tensor, spread: Tensor, start: Tensor, strength: float) -> Tensor:
-    """The minimum over (C, D + 1), the bias last and free of the penalty; sums run on the features' device.
+    """The minimising weights (C, D + 1), the bias last and not penalised; sums run on the features' device.
 
-    `spread` (D,) is the features' mean square: weights are measured in units of the curvature that it gives them, a
-    tenth or so being that of a softmax over ten classes. Without this L-BFGS takes thousands of steps.
+    `spread` (D,) is the features' mean square. It gives the curvature by which weights are scaled (the factor 0.1 is
+    about that of a softmax over ten classes). Without scaling L-BFGS takes thousands of steps.
     """
     unit = torch.cat([(0.1 * spread.clamp_min(0) + strength).rsqrt(), spread.new_ones(1)])
 
     scaled = (start / unit).requires_grad_()
-    # torch's own L-BFGS: scipy's brings a second pool of threads, which on few cores stands in the way of torch's.
+    # torch's L-BFGS: scipy's has a second pool of threads, which on few cores competes with torch's.
     optimizer = torch.optim.LBFGS(
         [scaled],
         max_iter=500,
@@ -227,9 +227,9 @@ def evaluate(
 def scores_by(
     probe: Probe, train: Labelled, test: Labelled, seed: int = 0, each_epoch: EachEpoch = lambda epoch, scores: None
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Scores of representations (N, D) with labels (N,) by the probe chosen, in percent.
+    """Scores of representations (N, D) with labels (N,) by the chosen probe, in percent.
 
-    Also returns the state_dict of the linear layer as checkpoints have it, empty for a probe that is none.
+    Also returns the state_dict of the linear layer as checkpoints store it, empty for other probes.
     """
     if probe.probe == "knn":
         return {"knn": knn_accuracy(train, test)}, {}

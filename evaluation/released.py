@@ -28,8 +28,8 @@ def released_probe(
     """The 2022 protocol with its quirks: top1 and top5 in percent.
 
     train, test: uint8 images and labels. The "frozen" backbone stays in train mode, so it normalises by each batch's
-    own statistics (test batches too), and accuracy is the mean of the batches' percentages, however large the last is.
-    Works on a copy: the encoder that was given does not change.
+    statistics (test batches too), and accuracy is the mean of the batches' percentages, whatever the last batch's size.
+    Works on a copy: the encoder given does not change.
     """
     encoder = copy.deepcopy(encoder).requires_grad_(False).train()
     train, test = (tuple(part.to(precision.device) for part in both) for both in (train, test))

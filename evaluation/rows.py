@@ -9,7 +9,7 @@ from training.run import Record
 
 
 def rounded(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Scores with six decimals, their names behind a prefix."""
+    """Scores rounded to six decimals, with a prefix before their names."""
     return {prefix + name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
 
 
@@ -22,9 +22,9 @@ def encoder_row(
     about: Mapping[str, Any],
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What was judged, its scores and, of a copy, what its attack cost.
+    """The row: the encoder, its scores and, for a copy, the cost of the attack.
 
-    about: how it was judged, before the scores in the row; more: counts of images, seed, seconds and provenance.
+    about: how it was judged, placed before the scores; more: counts of images, seed, seconds and provenance.
     """
     settings = checkpoint.get("settings", {})
     return {

@@ -1,6 +1,6 @@
-"""The tests behind a claim of theft: one-sided, with an effect size beside each, and the ROC that judges the claims.
+"""The tests behind a claim of theft (one-sided, each with an effect size), and the ROC that judges such claims.
 
-Scores come as tensors or sequences of numbers, one for each image or one for each encoder.
+Scores are tensors or sequences of numbers, a number for each image or for each encoder.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Scores = Tensor | Sequence[float]
 def welch(a: Scores, b: Scores) -> float:
     """The p-value of Welch's t-test that the mean of a (N,) is greater than that of b (M,).
 
-    Where neither varies it is 0 for a greater mean.
+    Where neither varies: 0 for a greater mean, else 1.
     """
     a, b = _array(a), _array(b)
     if a.std() == b.std() == 0:
@@ -30,10 +30,10 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def further_draw(value: float, others: Scores) -> float:
-    """The p-value of a value's being greater than a further draw from where others (K,), K > 1, are from.
+    """The p-value of the test that a value is greater than a further draw from the distribution of others (K,), K > 1.
 
-    The t-test of one value against a sample, (value - mean) / (deviation * sqrt(1 + 1 / K)) with K - 1 degrees of
-    freedom: the values are taken to be normal. Where the others are all the same it is 0 for a greater value.
+    The t-test of a single value against a sample, (value - mean) / (deviation * sqrt(1 + 1 / K)) with K - 1 degrees of
+    freedom, which assumes a normal distribution. Where the others are all equal: 0 for a greater value, else 1.
     """
     others = _array(others)
     spread = others.std(ddof=1) * (1 + 1 / len(others)) ** 0.5
@@ -56,7 +56,7 @@ def distance_from(a: Scores, value: float) -> float:
 
 
 def roc(guilty: Scores, innocent: Scores) -> tuple[list[tuple[float, float]], float]:
-    """How scores (N,) of the guilty stand to those (M,) of the innocent.
+    """The ROC of scores (N,) of the guilty against scores (M,) of the innocent.
 
     Returns for each threshold, from the highest, the shares in [0, 1] of the innocent and of the guilty that reach it,
     and the area under that curve: 1 when every guilty score exceeds every innocent score, 0.5 by chance.

@@ -1,4 +1,4 @@
-"""Streams of queries, of attackers and of users: who asks about which images, and how a detector scores them."""
+"""Attackers' and users' streams of queries: who sends which images, and how a detector scores them."""
 
 import dataclasses
 import itertools
@@ -22,13 +22,13 @@ from training.represent import represent
 from utils import Precision, UserError, generator
 
 ATTACKERS = {
-    "plain": "random images, each asked once",
+    "plain": "random images, each once",
     "views": "two random views of each image",
     "repeat": "each image several times",
 }
 FALSE_ALARMS = 0.05  # share of users' streams that may be taken for attacks
-USERS_SHARES = (0.5, 0.75)  # of the images of each class that users get, the smallest that does
-SHORTEST = 10  # queries of a stream: some statistics say nothing of fewer
+USERS_SHARES = (0.5, 0.75)  # of each class's images that users may get; the smallest sufficient share is taken
+SHORTEST = 10  # queries of a stream: some statistics say nothing about fewer
 
 Scores = dict[str, dict[str, list[float]]]  # kind -> statistic -> the score of each stream
 
@@ -39,18 +39,18 @@ class Streams(Settings):
 
     dataset: str = setting(
         "cifar10",
-        f"data set whose test split attackers and users ask about: {DATASET_NAMES}",
+        f"data set whose test split attackers and users query: {DATASET_NAMES}",
         read=check_name,
         flags=("-dataset", "--dataset"),
         title="data",
     )
     streams: int = setting(50, "streams of each kind", at_least=1)
     stream_length: int = setting(500, "queries of a stream", at_least=SHORTEST)
-    user_classes: int = setting(2, "classes of the task of a user", at_least=1)
+    user_classes: int = setting(2, "classes in a user's task", at_least=1)
     dataset_users: str | None = setting(
-        None, "data set whose test split further users ask about (default: no such users)", read=check_name
+        None, "data set whose test split further users query (default: no such users)", read=check_name
     )
-    repeat: int = setting(2, "times that the attacker `repeat` asks each image", at_least=1)
+    repeat: int = setting(2, "times that the attacker `repeat` sends each image", at_least=1)
     title = "streams"
 
     def __post_init__(self) -> None:
@@ -59,27 +59,27 @@ class Streams(Settings):
             raise UserError(f"--dataset-users {self.dataset} is the attackers' data set: give another, or leave it out")
 
 
-# ---- who asks which images -------------------------------------------------------------------------------------------
+# ---- who sends which images ------------------------------------------------------------------------------------------
 
 
 def load_others(streams: Streams, root: Path) -> Tensor | None:
-    """Images (N, 3, H, W) of the users with another data set, if there are any. UserError where they are too few."""
+    """Images (N, 3, H, W) for users of another data set; None without such users. UserError where they are too few."""
     if not streams.dataset_users:
         return None
     images, _ = load_dataset(streams.dataset_users, root, "test")
     if len(images) < streams.stream_length:
         raise UserError(
-            f"the test split of {streams.dataset_users} has {len(images)} images and no image is asked twice by a "
-            f"user: lower --stream-length {streams.stream_length}"
+            f"the test split of {streams.dataset_users} has {len(images)} images and a user sends no image twice: "
+            f"lower --stream-length {streams.stream_length}"
         )
     return images
 
 
 def part_images(labels: Tensor, length: int, classes: int, seed: int) -> tuple[Tensor, Tensor, str]:
-    """Positions in labels (N,) of the attackers' images and of the users', and in words how they were parted.
+    """Positions in labels (N,) of the attackers' images and of the users', and in words how they were divided.
 
-    Users get the smallest of USERS_SHARES of each class that has `length` images of any so many classes, if that leaves
-    the attackers as many; else all are for both. UserError when even all images are too few.
+    Users get the smallest of USERS_SHARES of each class with which any `classes` classes have `length` images, if that
+    leaves the attackers as many; else both draw from all images. UserError when even all images are too few.
     """
     present = labels.unique()
     if classes > len(present):
@@ -95,24 +95,24 @@ def part_images(labels: Tensor, length: int, classes: int, seed: int) -> tuple[T
     everything = torch.arange(len(labels))
     if _fewest(members, classes) < length:
         raise UserError(
-            f"{classes} classes of the test split may have {_fewest(members, classes)} images and no image is asked "
-            f"twice by a user: lower --stream-length {length}, or raise --user-classes"
+            f"{classes} classes of the test split may have {_fewest(members, classes)} images and a user sends no "
+            f"image twice: lower --stream-length {length}, or raise --user-classes"
         )
-    return everything, everything, "users and attackers draw from the same images, too few to part them"
+    return everything, everything, "users and attackers draw from the same images, which are too few to divide"
 
 
 def _fewest(groups: list[Tensor], count: int) -> int:
-    """The images in the `count` smallest groups."""
+    """The number of images in the `count` smallest groups."""
     return sum(sorted(map(len, groups))[:count])
 
 
 def draw_plain(images: Tensor, count: int, draws: torch.Generator) -> Tensor:
-    """So many different ones (count,) of positions (N,), in random order."""
+    """`count` different positions of `images` (N,), in random order."""
     return images[torch.randperm(len(images), generator=draws)[:count]]
 
 
 def draw_task(images: Tensor, labels: Tensor, count: int, classes: int, draws: torch.Generator) -> Tensor:
-    """`draw_plain` of those of the positions (N,) whose labels (N,) are of a few classes, drawn too."""
+    """`draw_plain` from the positions (N,) whose labels (N,) are in a random choice of `classes` classes."""
     task = draw_plain(labels.unique(), classes, draws)
     return draw_plain(images[torch.isin(labels, task)], count, draws)
 
@@ -129,7 +129,7 @@ def attackers_streams(
     chosen: Tensor,
     seed: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Kind and representations (length, D) of the attackers' streams, one after the other.
+    """Yields the kind and representations (length, D) of each attacker's stream.
 
     The attackers choose from the `chosen` positions of images (N, 3, H, W), whose representations (N, D) are `known`;
     views of them are encoded here.
@@ -161,11 +161,11 @@ def others_streams(streams: Streams, known: Tensor, seed: int) -> Iterator[tuple
         yield "other", known[draw_plain(everything, streams.stream_length, generator(seed, "other", number))]
 
 
-# ---- what a detector makes of them -----------------------------------------------------------------------------------
+# ---- a detector's scores ---------------------------------------------------------------------------------------------
 
 
 def score_streams(streams: Iterable[tuple[str, Tensor]], detector: Detection) -> Scores:
-    """The scores of all streams; each is an account to a detector like this that remembers no other."""
+    """The scores of all streams, each watched by a fresh copy of the detector."""
     scores: Scores = {}
     for kind, representations in streams:
         fresh = dataclasses.replace(detector, _streams={})
@@ -183,7 +183,7 @@ def score_all(
     data: tuple[Tensor, Tensor, Tensor | None],
     seed: int,
 ) -> tuple[Scores, str]:
-    """The scores of the streams of all attackers and users, and in words how they share the images.
+    """The scores of all attackers' and users' streams, and in words how they share the images.
 
     data: the images (N, 3, H, W) of `streams.dataset`, their labels (N,), and the images of `load_others`.
     """

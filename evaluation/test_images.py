@@ -1,4 +1,4 @@
-"""Which images test an encoder: none that its attacker is known to have queried."""
+"""The images on which an encoder is tested: none that its attacker is known to have queried."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ def load_test(
 ) -> tuple[Tensor, Tensor, int]:
     """Test images uint8 (N, 3, H, W), their labels (N,), and how many of the images the copy of this record queried.
 
-    All are taken, but only the last 1,000 where the others may have been queried (or `last_thousand`), or as many as
-    `number`. UserError when images were queried that needn't have been.
+    These are the last `number` images; by default all, or the last 1,000 where the others may have been queried (or
+    `last_thousand`). UserError when images were queried whose use could have been avoided.
     """
     images, labels = load_labelled(name, root, "test")
     queried = record.query_set or {}
@@ -29,7 +29,7 @@ def load_test(
         raise UserError(f"--num-test {number}: the test split of {name} has {len(images)} images")
     images, labels = images[-number:], labels[-number:]
     common = count_queried(images, record.query_digests) if queried else 0
-    # Publishers' own copies of an image in both splits are theirs to mend: they are counted, not refused.
+    # Some data sets have an image in both splits, which no choice here can avoid: such images are counted, not refused.
     if common and (from_test or queried["dataset"] != name):
         raise UserError(f"{common} of the {len(images)} test images were queried: lower --num-test, or test on others")
     return images, labels, common
@@ -44,7 +44,7 @@ def count_queried(images: Tensor, digests: Tensor) -> int:
 def unqueried_positions(test: Pictures, record: Record) -> Tensor:
     """Positions of the test images that the copy of this record did not query. UserError when there are none.
 
-    For images that were queried by views of them: by position, as a view's pixels are no test image's.
+    By position, for images whose views were queried: a view's pixels match no test image.
     """
     positions = torch.arange(len(test))
     queried = record.query_set or {}

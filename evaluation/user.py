@@ -1,4 +1,4 @@
-"""A paying user of the API: a downstream head trained and used on the answers, for the cost of a defence."""
+"""A paying user of the API, who trains and uses a downstream head on the answers: the cost of a defence."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,9 @@ class UserHead(Settings):
 def load_user(
     name: str, victim_dataset: str, root: Path, count: int, number: int | None = None
 ) -> tuple[Labelled, Labelled, int]:
-    """The user's `count` labelled images to train on, those to test on, and how many of the latter the former have.
+    """The user's `count` labelled training images, the test images, and how many of these are training images too.
 
-    `number`: test on so many. UserError where the data set `name` has fewer images, or images without labels.
+    `number`: how many test images. UserError where the data set `name` has fewer images, or images without labels.
     """
     if name == victim_dataset:  # the victim was trained on the others
         images, labels, split = load_queries(name, victim_dataset, root)
@@ -54,10 +54,10 @@ def load_user(
 def user_scores(
     victim: AnyVictim, train: Labelled, test: Labelled, head: UserHead, precision: Precision, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What a user reaches who buys a victim's answers about all of these images in the account `user`.
+    """The scores of a user who buys a victim's answers to all of these images in the account `user`.
 
-    Returns the scores and the report of the victim's defences. top1 and top5, in percent, and loss: the user's head;
-    top1_converged: a linear one.
+    Also returns the report of the victim's defences. top1 and top5 in percent, and loss, are the user's head's;
+    top1_converged is that of `logistic_regression`.
     """
     client = Client(victim)
     first = 0
@@ -77,6 +77,6 @@ def user_scores(
 
 
 def lost_words(scores: dict[str, float], clean: dict[str, float]) -> str:
-    """What a defence costs the user, in words: scores under it beside those without one."""
+    """The cost of a defence to the user, in words; clean: the scores without a defence."""
     top1, converged = (clean[name] - scores[name] for name in ("top1", "top1_converged"))
     return f"the user loses {top1:.2f} and {converged:.2f} points"

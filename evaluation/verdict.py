@@ -1,4 +1,4 @@
-"""What the figures of ownership.py say of each encoder: verdicts, their table, and the ROC over all encoders."""
+"""Verdicts on encoders by the figures of ownership.py, a table of them, and the ROC over all encoders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from training.run import CHECKPOINT, Record, Run
 
 
 def judge_all(test: OwnershipTest, candidates: Sequence[Candidate]) -> None:
-    """Fill in figures and verdicts; an independent encoder is judged beside the other independent ones."""
+    """Fill in figures and verdicts; an independent encoder is compared with the other independent encoders."""
     method = METHODS[test.method]
     for candidate in candidates:
         others = [other.measured for other in candidates if other.kind == "independent" and other is not candidate]
@@ -37,16 +37,16 @@ def _facts(candidate: Candidate, test: OwnershipTest, decides: bool) -> str:
 
 
 def passes(figures: Figures, level: float) -> bool:
-    """Whether each p-value that there is lies below the level."""
+    """Whether every p-value is below the level."""
     return all(value < level for name, value in figures.items() if name.startswith("p_"))
 
 
 def caveat(figures: Figures) -> str:
-    """What a verdict lacks for want of independent encoders, for its end."""
+    """The end of a verdict, which says what it lacks without independent encoders."""
     if "p_encoders" in figures:
         return ""
     alone = "" if "p_t" in figures else "by the binomial test against 50 % alone, "
-    return f"; {alone}not compared with the spread of independent encoders: an innocent one may pass"
+    return f"; {alone}not compared with the spread of independent encoders: an innocent encoder may pass"
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def verdict_table(candidates: Sequence[Candidate]) -> str:
 
 def verdict_lines(candidates: Sequence[Candidate]) -> list[str]:
     """The verdicts on the victim and the suspects, in words."""
-    return [f"{one.kind} {short_name(one.path)}: {one.verdict}" for one in candidates if one.kind != "independent"]
+    return [f"{case.kind} {short_name(case.path)}: {case.verdict}" for case in candidates if case.kind != "independent"]
 
 
 def short_name(path: Path) -> str:
@@ -74,9 +74,9 @@ def short_name(path: Path) -> str:
 
 
 def detection_rates(test: OwnershipTest, candidates: Sequence[Candidate]) -> tuple[list[str], Figures]:
-    """What the rule and the method's score do over all suspects and independent encoders, in words and as figures."""
-    groups = {kind: [one for one in candidates if one.kind == kind] for kind in ("suspect", "independent")}
-    hits = {kind: [bool(one.found) for one in group] for kind, group in groups.items()}
+    """How well the rule and the method's score tell suspects from independent encoders, in words and as figures."""
+    groups = {kind: [case for case in candidates if case.kind == kind] for kind in ("suspect", "independent")}
+    hits = {kind: [bool(case.found) for case in group] for kind, group in groups.items()}
     lines = [
         f"{kind} encoders found at level {test.level:g}: {sum(hits[kind])} of {len(group)}; "
         f"{_each_test(group, test.level)}"
@@ -84,34 +84,34 @@ def detection_rates(test: OwnershipTest, candidates: Sequence[Candidate]) -> tup
         if group
     ]
     if min(map(len, groups.values())) < 2:
-        return [*lines, "no ROC is drawn: it takes two suspects and two independent encoders or more"], {}
+        return [*lines, "no ROC is drawn: it needs at least two suspects and two independent encoders"], {}
     name = METHODS[test.method].score
-    points, area = roc(*([one.figures[name] for one in group] for group in groups.values()))
+    points, area = roc(*([case.figures[name] for case in group] for group in groups.values()))
     steps = ", ".join(f"{100 * false:.0f}/{100 * hit:.0f}" for false, hit in points)
     lines.append(f"ROC by {name}: AUC {area:.3f}; false accusations/detections in %: {steps}")
     return lines, {"auc": area, "false_accusations": sum(hits["independent"]) / len(hits["independent"])}
 
 
 def _each_test(group: Sequence[Candidate], level: float) -> str:
-    """How many of the encoders each test finds, in words: what it would be worth alone."""
-    tests = list(dict.fromkeys(name for one in group for name in one.figures if name.startswith("p_")))
-    counts = {name: sum(one.figures.get(name, 1) < level for one in group) for name in tests}
+    """How many of the encoders each test would find alone, in words."""
+    tests = list(dict.fromkeys(name for case in group for name in case.figures if name.startswith("p_")))
+    counts = {name: sum(case.figures.get(name, 1) < level for case in group) for name in tests}
     return "each test alone: " + ", ".join(f"{name[2:]} {count}" for name, count in counts.items())
 
 
 def add_verdict_rows(run: Run, test: OwnershipTest, candidates: Sequence[Candidate], more: dict) -> None:
-    """Add the row of each suspect to the run's results; `more` is the same in all rows."""
-    independents = sum(one.kind == "independent" for one in candidates)
-    suspects = [one for one in candidates if one.kind == "suspect"]
-    for step, one in enumerate(suspects):
-        queries = Record.of(one.checkpoint).figures()
+    """Add a row for each suspect to the run's results; `more` is the same in all rows."""
+    independents = sum(case.kind == "independent" for case in candidates)
+    suspects = [case for case in candidates if case.kind == "suspect"]
+    for step, case in enumerate(suspects):
+        queries = Record.of(case.checkpoint).figures()
         row = {
-            **{"model": one.kind, "arch": one.encoder.arch, "losstype": one.settings.get("losstype")},
-            **{"attack": one.settings.get("attack"), "method": test.method, "level": test.level},
-            **one.figures,
-            **{"found": one.found, "verdict": one.verdict, "independents": independents},
+            **{"model": case.kind, "arch": case.encoder.arch, "losstype": case.settings.get("losstype")},
+            **{"attack": case.settings.get("attack"), "method": test.method, "level": test.level},
+            **case.figures,
+            **{"found": case.found, "verdict": case.verdict, "independents": independents},
             **{"queries": queries["queries"], "distinct": queries["distinct"]},
-            **{"defence": one.settings.get("defence"), "checkpoint": str(one.path)},
+            **{"defence": case.settings.get("defence"), "checkpoint": str(case.path)},
             **{"victim": str(candidates[0].path), **more},
         }
         run.add_row(row, step)

@@ -18,14 +18,14 @@ import yaml
 
 from utils import UserError, atomic_path
 
-HERE = Path(__file__).resolve().parent.parent  # the scripts are there
+HERE = Path(__file__).resolve().parent.parent  # the folder of the scripts
 KEYS = {"about", "common", "victim", "independent", "steal", "judge", "user", "detect", "verify"}
 KEYS |= {"attacks", "defences", "seeds"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A defence at one strength: its name, the strength if the experiment varies it, and its flags."""
+    """A defence at a strength: its name, the strength if the experiment varies it, and its flags."""
 
     defence: str
     strength: float | None
@@ -37,9 +37,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Attacker:
-    """An attack's flags, the defences that it is for (all where none is named), and how detect.py calls its stream.
+    """An attack's flags, the defences that it is run against (default: all), and detect.py's name for its stream.
 
-    `judge` are further flags for judging its copies.
+    `judge`: further flags for judging its copies.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Attacker:
 
 
 class Experiment:
-    """The parts of a YAML file; `points` and `attacks` are what its table crosses."""
+    """The parts of a YAML file; its table crosses `points` and `attacks`."""
 
     def __init__(self, path: Path):
         try:
@@ -71,7 +71,7 @@ class Experiment:
         known = set(content["defences"])
         for attack in self.attacks:
             if set(attack.against) - known:
-                raise UserError(f"{path}: the attack {attack.name!r} is against {attack.against}, which is no defence")
+                raise UserError(f"{path}: the attack {attack.name!r} is against {attack.against}: no such defence")
 
     def flags(self, part: str) -> str:
         return f"{self.content.get('common', '')} {self.content.get(part, '')}"
@@ -91,9 +91,9 @@ def _points(name: str, value: str | Mapping) -> list[Point]:
 
 
 class Runner:
-    """Runs scripts, `jobs` of them side by side, and remembers by their command lines what they left.
+    """Runs scripts, `jobs` at a time, and remembers their results by command line.
 
-    What each finished one left is kept in `folder`/done.jsonl: a runner that is started again goes on from there.
+    The results of finished scripts are saved in `folder`/done.jsonl, so that a restarted runner does not repeat them.
     """
 
     def __init__(self, folder: Path, jobs: int):
@@ -122,7 +122,7 @@ class Runner:
         return entry
 
     def _rows(self, command: str) -> list[dict]:
-        """The results that a command left."""
+        """The rows that a command wrote."""
         results = self.root / "results.jsonl"
         lines = results.read_text().splitlines() if results.exists() else []
         return [row for row in map(json.loads, lines) if row.get("command") == command]
@@ -133,13 +133,13 @@ def cores() -> int:
 
 
 def _path_in(output: str) -> str | None:
-    """The checkpoint that a script says it made."""
+    """The checkpoint that a script's output names."""
     named = re.findall(r"^(?:victim|copy): (.+\.pth\.tar)$", output, re.MULTILINE)
     return str(HERE / named[-1]) if named else None
 
 
 def run_all(experiment: Experiment, runner: Runner, jobs: int) -> list[dict]:
-    """Everything that the experiment asks for; one row for each attack, defence, strength and seed."""
+    """Run everything that the experiment specifies; returns a row for each attack, defence, strength and seed."""
     victim = runner(f"run.py {experiment.flags('victim')} --resume")["path"]
     of_victim = f"--victim {victim}"
 
@@ -178,7 +178,7 @@ def run_all(experiment: Experiment, runner: Runner, jobs: int) -> list[dict]:
     return rows
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- table and picture -----------------------------------------------------------------------------------------------
 
 
 def results_table(rows: Sequence[Mapping]) -> str:
@@ -215,13 +215,13 @@ def _worst(rows: Sequence[Mapping], name: str) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """The mean, from three seeds on with the standard deviation."""
+    """The mean, for three or more seeds with the standard deviation."""
     mean = f"{statistics.fmean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) >= 3 else mean
 
 
 def picture(rows: Sequence[Mapping], path: Path) -> None:
-    """For each attack that meets every defence: the user's accuracy against the copy's, a line through strengths."""
+    """For each attack run against every defence: the user's accuracy by the copy's, a line through the strengths."""
     import matplotlib
 
     matplotlib.use("Agg")

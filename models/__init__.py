@@ -1,4 +1,4 @@
-"""Encoders: their architectures, the SimCLR model around them, and the checkpoints that hold them."""
+"""Encoders: their architectures, the SimCLR model around them, and their checkpoints."""
 
 from models.checkpoint import load_encoder, read_checkpoint
 from models.simclr import (

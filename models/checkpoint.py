@@ -19,20 +19,20 @@ from utils import UserError, seeded
 
 __all__ = ["compare_keys", "encoder_from_checkpoint", "load_checked", "load_encoder", "read_checkpoint"]
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, the first that is there
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder; the first that exists is read
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The dictionary stored at `path`, tensors on the CPU, read without running code that the file may hold.
+    """The dictionary stored at `path`, tensors on the CPU, read without running any code in the file.
 
     For a folder of timm or Hugging Face: its library, configurations and weights. UserError when the file is missing,
-    truncated, not a checkpoint or in need of more than tensors and plain types.
+    truncated or not a checkpoint, or needs more than tensors and plain types.
     """
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: train it first or give the path of one that exists")
+        raise UserError(f"no checkpoint at {path}: train it first, or give the path of an existing checkpoint")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
@@ -46,7 +46,7 @@ def _read_pickle(path: Path) -> object:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it needs {needed[1]}" if needed else _brief(error)
         raise UserError(
-            f"{path} is not a file of weights only ({reason}), and no file's code is run here: on a machine where you "
+            f"{path} is not a file of weights only ({reason}), and code in files is never run: on a machine where you "
             "trust it, save its tensors alone: torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -58,7 +58,7 @@ def _read_safetensors(path: Path) -> dict:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError(f"{path} is read by the package safetensors: pip install safetensors") from None
+        raise UserError(f"reading {path} needs the package safetensors: pip install safetensors") from None
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -66,11 +66,11 @@ def _read_safetensors(path: Path) -> dict:
 
 
 def _read_folder(folder: Path) -> dict:
-    """What a folder of timm or Hugging Face holds, under names of our own."""
+    """The contents of a folder of timm or Hugging Face: library, config, preprocessor and state_dict."""
     files = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not files or not (folder / "config.json").exists():
         raise UserError(
-            f"{folder} is no folder of timm or Hugging Face: it needs config.json and {' or '.join(WEIGHTS)}"
+            f"{folder} is not a folder of timm or Hugging Face: it needs config.json and {' or '.join(WEIGHTS)}"
         )
     config, preprocessor = (_read_json(folder / f"{name}config.json") for name in ("", "preprocessor_"))
     library = next((library for library, key in MARKS.items() if key in config), None)
@@ -83,7 +83,7 @@ def _read_folder(folder: Path) -> dict:
 
 
 def _read_json(path: Path) -> dict:
-    """A file's object; an empty one when there is no file."""
+    """The JSON object in a file; empty when there is no file."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
@@ -102,27 +102,27 @@ def _brief(error: Exception) -> str:
 
 @functools.cache
 def _outline(factory: Callable[[], nn.Module]) -> tuple[str | None, State]:
-    """The stem and the state_dict, without numbers, of the backbones that a row of ARCHITECTURES makes."""
+    """Stem and state_dict, on the meta device, of the backbone that a row of ARCHITECTURES builds."""
     with torch.device("meta"):
         backbone = factory()
     return getattr(backbone, "stem", None), {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
 
 
 def _outlines(layout: Layout) -> dict[str, State]:
-    """The architectures that a layout may hold, with their keys; all of them for our own."""
+    """The architectures that are possible in a layout, with their keys; all of them for OWN."""
     outlines = {arch: _outline(factory) for arch, factory in ARCHITECTURES.items()}
     return {arch: keys for arch, (stem, keys) in outlines.items() if layout is OWN or stem in layout.inputs}
 
 
 def _backbone(state: State, layout: Layout) -> State:
-    """The tensors besides the head that the layout keeps."""
+    """The tensors without the head, where the layout keeps a head."""
     return {key: value for key, value in state.items() if not (layout.head and key.startswith("backbone.fc."))}
 
 
 def _recognise(tensors: Tensors) -> tuple[Layout | None, State, Counter, list[str]]:
     """A file's layout, its tensors by our keys, the parts left out, and the architectures with exactly these keys.
 
-    Keys and shapes decide, not the file's `arch` entry: the 2022 code stored the victim's there for stolen encoders.
+    Keys and shapes decide, not the entry `arch`: for stolen encoders the 2022 code stored the victim's there.
     """
     for layout in (OWN, *LAYOUTS):
         if not layout.fits(tensors):
@@ -141,7 +141,7 @@ def _misfit(state: State, arch: str) -> int:
 
 
 def _refuse(layout: Layout | None, state: State, arch: str | None, source: str) -> None:
-    """UserError that says what keeps a file from being an encoder of the architecture asked for, or the nearest."""
+    """Raise the UserError that says why a file does not fit the architecture requested, or else the nearest."""
     if layout is None:
         first = ", ".join(list(state)[:4])
         raise UserError(f"{source} is in no layout of docs/checkpoints.md: its keys are {first}, ...")
@@ -153,11 +153,11 @@ def _refuse(layout: Layout | None, state: State, arch: str | None, source: str) 
 
 
 def encoder_from_checkpoint(checkpoint: Mapping, source: str = "checkpoint", arch: str | None = None) -> SimCLREncoder:
-    """The encoder that a checkpoint dictionary holds, in eval mode, with the head that the file has.
+    """The encoder in a checkpoint dictionary, in eval mode, with the file's head if it has any.
 
-    `arch` names the architecture that the caller insists on; None takes the file's. The encoder's `report` says what
-    the file was taken for. Entries `normalize` and `input_size` of the file come before what its layout assumes.
-    UserError says which architecture was found, or which keys are missing, unexpected or misshapen.
+    `arch` is the architecture required; None accepts the file's. The encoder's `report` says how the file was read.
+    Entries `normalize` and `input_size` of the file take precedence over the layout's assumptions. UserError says which
+    architecture was found, or which keys are missing, unexpected or misshapen.
     """
     if "library" in checkpoint:
         encoder = encoder_from_folder(checkpoint, source)
@@ -169,15 +169,15 @@ def encoder_from_checkpoint(checkpoint: Mapping, source: str = "checkpoint", arc
         if layout is None and (arch or checkpoint.get("arch")) in [*ARCHITECTURES]:
             layout = OWN
         _refuse(layout, state, arch, source)
-    # Stems may differ in what no tensor shows: then the file's word counts, else the caller's.
-    found = next((one for one in (checkpoint.get("arch"), arch) if one in fitting), fitting[0])
+    # Stems may differ in ways that no tensor shows: then the file's `arch` decides, else the caller's.
+    found = next((name for name in (checkpoint.get("arch"), arch) if name in fitting), fitting[0])
     _insist(arch, found, source)
     size, normalize = layout.inputs.get(_outline(ARCHITECTURES[found])[0], (None, None))
     size, normalize = checkpoint.get("input_size", size), checkpoint.get("normalize", normalize)
-    # The head's kind is read off the file: by its last layer.
+    # The head's kind follows from the key of its last layer.
     last_layers = {"linear": "backbone.fc.weight", "mlp-bn": "backbone.fc.3.weight", "mlp": "backbone.fc.2.weight"}
     head, last = next(((kind, state[key]) for kind, key in last_layers.items() if key in state), ("mlp", None))
-    with seeded(0):  # only so that reading a file leaves the global generator alone
+    with seeded(0):  # so that reading a file does not advance the global generator
         encoder = build_encoder(found, None if last is None else len(last), normalize, head, size)
     load_checked(encoder, with_counters(state), source)
     kind = layout.name if tensors.entry in ("", "state_dict") else f"{layout.name} ({tensors.entry})"

@@ -1,6 +1,6 @@
 """Encoders in folders of timm and Hugging Face (config.json beside the weights), built by the library that wrote them.
 
-The libraries are optional, and imported when such a folder is read. Nothing is downloaded; code in a folder never runs.
+The libraries are optional, and imported only when such a folder is read. Nothing is downloaded, and no code in it runs.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from models.layouts import Inputs, State, describe, in_words, load_checked, unwr
 from models.simclr import SimCLREncoder
 from utils import UserError, seeded
 
-# The setting of a config.json by which a library is known, which names the network.
+# The key of config.json by which a library is recognised; its value names the network.
 MARKS = {"timm": "architecture", "huggingface": "model_type"}
-# Parts that a task put onto a Hugging Face encoder.
+# Prefixes of the task heads that a Hugging Face encoder may have.
 TASK_PARTS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
 
 
@@ -33,7 +33,7 @@ class Wrapped(nn.Module):
         self.fc: nn.Module = nn.Identity()
 
     def represent(self, x: Tensor) -> Tensor:
-        """Representation h (B, dim) of images (B, 3, H, W): what `read` makes of the network's output."""
+        """Representation h (B, dim) of images (B, 3, H, W): `read` of the network's output."""
         return self.read(self.model(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ class Wrapped(nn.Module):
 def encoder_from_folder(checkpoint: Mapping, source: str) -> SimCLREncoder:
     """The encoder of a folder that `read_checkpoint` has read, in eval mode, with its report.
 
-    UserError when the library is not installed, doesn't know the network, or the weights are not exactly the network's.
+    UserError when the library is not installed or does not know the network, or the weights do not fit it exactly.
     """
     library = checkpoint["library"]
     build, read = LIBRARIES[library]
     package, state = _import(library, source), with_counters(unwrap(checkpoint["state_dict"]))
-    with seeded(0):  # only so that reading a file leaves the global generator alone
+    with seeded(0):  # so that reading a file does not advance the global generator
         model, ignored, (input_size, normalize) = build(package, checkpoint, state, source)
     arch = f"{library}/{checkpoint['config'][MARKS[library]]}"
     backbone = Wrapped(model, read, _width(model.eval(), read, input_size, source))
@@ -62,11 +62,11 @@ def _import(library: str, source: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{source} is read by the package {package}: pip install {package}") from None
+        raise UserError(f"reading {source} needs the package {package}: pip install {package}") from None
 
 
 def _width(model: nn.Module, read: Callable[[object], Tensor], input_size: int | None, source: str) -> int:
-    """Width of a representation. UserError when the network gives none, or another one each time."""
+    """Width of a representation. UserError when the network returns none, or a different vector each time."""
     size = input_size or 64
     image = torch.linspace(0, 1, 3 * size * size).view(1, 3, size, size)
     try:
@@ -75,7 +75,7 @@ def _width(model: nn.Module, read: Callable[[object], Tensor], input_size: int |
     except Exception as error:  # whatever the library raises on such input
         raise UserError(f"{source} takes no images of 3 x {size} x {size}: {_brief(error)}") from None
     if not isinstance(first, Tensor) or first.dim() != 2 or not torch.equal(first, second):
-        raise UserError(f"{source} does not give an image one vector, the same each time: it is no encoder to query")
+        raise UserError(f"{source} does not give an image a single vector, the same each time: it is not an encoder")
     return first.shape[1]
 
 
@@ -84,7 +84,7 @@ def _brief(error: Exception) -> str:
 
 
 def _parts(keys: Iterable[str], parts: Sequence[str]) -> Counter:
-    """How many of the keys begin with each of the parts."""
+    """How many keys begin with each of the parts."""
     firsts = (next((part for part in parts if key.startswith(part)), None) for key in keys)
     return Counter(part for part in firsts if part)
 
@@ -95,14 +95,14 @@ def _parts(keys: Iterable[str], parts: Sequence[str]) -> Counter:
 def _build_timm(timm: ModuleType, checkpoint: Mapping, state: State, source: str) -> tuple[nn.Module, Counter, Inputs]:
     config = checkpoint["config"]
     arch = str(config["architecture"])
-    if not timm.is_model(arch):  # which also keeps names out that would be looked up on the internet
-        raise UserError(f"{source}: timm {timm.__version__} has no architecture {arch!r}: install the version that has")
-    # Only what the network is built with: timm's own arguments would read or fetch other weights.
+    if not timm.is_model(arch):  # this also rejects names that timm would look up on the internet
+        raise UserError(f"{source}: timm {timm.__version__} has no architecture {arch!r}: install a version with it")
+    # Only the network's arguments: those of create_model would read or fetch other weights.
     refused = {*inspect.signature(timm.create_model).parameters, "num_classes", "pretrained_model_args"}
     arguments = {name: value for name, value in config.get("model_args", {}).items() if name not in refused}
     try:
         model = timm.create_model(arch, pretrained=False, num_classes=0, **arguments)
-    except Exception as error:  # of any kind, by arguments that the network doesn't take
+    except Exception as error:  # of any type, for arguments that the network does not take
         raise UserError(f"{source}: timm cannot build {arch} by its config.json: {_brief(error)}") from None
     written = {**model.pretrained_cfg, **config.get("pretrained_cfg", {})}
     classifier = written.get("classifier") or ()
@@ -114,7 +114,7 @@ def _build_timm(timm: ModuleType, checkpoint: Mapping, state: State, source: str
 
 
 def _side(size: object) -> int | None:
-    """The side of a square, from however a file spells it; None where it says nothing."""
+    """The side of a square image, however the file spells it; None where it does not say."""
     if isinstance(size, Mapping):
         size = size.get("height", size.get("shortest_edge"))
     return size[-1] if isinstance(size, list | tuple) else size
@@ -128,13 +128,13 @@ def _build_huggingface(
 ) -> tuple[nn.Module, Counter, Inputs]:
     config = checkpoint["config"]
     if "timm_backbone" in json.dumps(config):
-        raise UserError(f"{source}: its network is a backbone of timm's that would be downloaded: save it by timm")
+        raise UserError(f"{source}: its network is a timm backbone, which would be downloaded: save it with timm")
     model, found = _load_huggingface(transformers, config, state, source)
     if found["missing_keys"] and all(key.startswith("pooler.") for key in found["missing_keys"]):
-        # A task's network has no pooler: then tokens are averaged.
+        # A network saved for a task has no pooler: then tokens are averaged.
         model, found = _load_huggingface(transformers, config, state, source, add_pooling_layer=False)
     strange = [key for key in found["unexpected_keys"] if not key.startswith(TASK_PARTS)]
-    misshapen = [f"{key} {tuple(held)} for {tuple(wanted)}" for key, held, wanted in found["mismatched_keys"]]
+    misshapen = [f"{key} {tuple(shape)} for {tuple(wanted)}" for key, shape, wanted in found["mismatched_keys"]]
     problems = in_words(sorted(found["missing_keys"]), sorted(strange), sorted(misshapen))
     if problems:
         raise UserError(f"{source} does not fit {config['model_type']}: {'; '.join(problems)}")
@@ -144,8 +144,8 @@ def _build_huggingface(
 def _load_huggingface(
     transformers: ModuleType, config: Mapping, state: State, source: str, **options: bool
 ) -> tuple[nn.Module, dict]:
-    """The network without a task, and which keys the library found for it, having renamed those of older files."""
-    # An implementation of attention may be code on the internet that the configuration names.
+    """The network without a task head, and the library's report on the keys, after renaming those of older files."""
+    # The configuration may name an implementation of attention that is code on the internet.
     plain = {key: value for key, value in config.items() if "attn_implementation" not in key}
     options |= {"attn_implementation": "eager", "local_files_only": True, "dtype": torch.float32}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -154,14 +154,14 @@ def _load_huggingface(
         network = transformers.MODEL_MAPPING[type(read)]
         with _quiet(transformers):
             return network.from_pretrained(None, config=read, state_dict=dict(state), **options)
-    except Exception as error:  # of any kind, by settings that the network doesn't take
+    except Exception as error:  # of any type, for settings that the network does not take
         arch = config["model_type"]
         raise UserError(f"{source}: transformers cannot build {arch} by its config.json: {_brief(error)}") from None
 
 
 @contextlib.contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Within it the library shows neither its report nor progress."""
+    """Suppresses the library's report and progress bars."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -175,7 +175,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def _huggingface_inputs(config: Mapping, preprocessor: Mapping) -> Inputs:
-    """Size and normalisation by preprocessor_config.json; without it, the size that the network itself names."""
+    """Size and normalisation from preprocessor_config.json; without it, only the size in the network's config."""
     size = preprocessor.get("crop_size") if preprocessor.get("do_center_crop") else preprocessor.get("size")
     size = _side(size or config.get("image_size"))
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
@@ -185,12 +185,12 @@ def _huggingface_inputs(config: Mapping, preprocessor: Mapping) -> Inputs:
 
 
 def _pooled(output: Mapping[str, Tensor]) -> Tensor:
-    """The pooled output (B, D) where there is one, else the mean over tokens (B, T, D) or positions (B, D, H, W)."""
+    """The pooled output (B, D) if there is any, else the mean over tokens (B, T, D) or positions (B, D, H, W)."""
     if output.get("pooler_output") is not None:
         return output["pooler_output"].flatten(1)
     last = output["last_hidden_state"]
     return last.mean(dim=(2, 3)) if last.dim() == 4 else last.mean(dim=1)
 
 
-# How a library's folder becomes a network, and how a representation is read off its output.
+# For each library: how a folder becomes a network, and how a representation is read from its output.
 LIBRARIES = {"timm": (_build_timm, nn.Identity()), "huggingface": (_build_huggingface, _pooled)}

@@ -1,6 +1,6 @@
-"""Other people's checkpoints: the keys of each layout, what they are called here, and what such an encoder expects.
+"""Other people's checkpoints: the keys of each layout, their names here, and the images that such an encoder expects.
 
-A new layout is one row of LAYOUTS; docs/checkpoints.md lists them for readers.
+A new layout is a row of LAYOUTS; docs/checkpoints.md lists them for readers.
 """
 
 import re
@@ -21,17 +21,17 @@ Inputs = tuple[int | None, Normalize | None]  # the size of images and their nor
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
-# Where files keep the tensors; the first that is there counts, so that of DINO's two networks the teacher is taken.
+# Entries that may hold the tensors; the first that exists counts, so of DINO's two networks the teacher is read.
 ENTRIES = ("state_dict", "teacher", "model", "student")
-# What a file may say of its images, beside the tensors.
+# Entries that may say how images are prepared.
 ASSUMED = ("normalize", "input_size")
-# What wrappers put in front of every key.
+# Prefixes that wrappers put before every key.
 WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a file by their keys without wrappers, the entry that held them ("" for the file itself)."""
+    """A file's tensors by their keys without wrappers' prefixes, and the entry they are in ("" for the top level)."""
 
     state: State
     entry: str = "state_dict"
@@ -39,31 +39,31 @@ class Tensors:
 
     @classmethod
     def of(cls, checkpoint: Mapping, source: str) -> "Tensors":
-        """Those of a checkpoint's dictionary. UserError when there are none."""
+        """The tensors of a checkpoint dictionary. UserError when there are none."""
         bare = {key: value for key, value in checkpoint.items() if key not in ASSUMED}
         for entry, content in [*((name, checkpoint.get(name)) for name in ENTRIES), ("", bare)]:
             if isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values()):
                 state = unwrap(content)
                 return cls(state, entry, len(content) > 0 and state.keys() != content.keys())
-        held = ", ".join(map(str, list(checkpoint)[:8]))
-        raise UserError(f"{source} has no state_dict of tensors, nor {', '.join(ENTRIES[1:])}: it holds {held}")
+        entries = ", ".join(map(str, list(checkpoint)[:8]))
+        raise UserError(f"{source} has no state_dict of tensors, nor {', '.join(ENTRIES[1:])}: it holds {entries}")
 
 
 def unwrap(state: Mapping[str, Tensor]) -> State:
-    """The same tensors, their keys without what data parallelism and compilation put before all of them."""
+    """The same tensors, without the prefixes that data parallelism and compilation put before every key."""
     state = dict(state)
-    while state and (prefix := next((one for one in WRAPPERS if all(key.startswith(one) for key in state)), None)):
+    while state and (prefix := next((text for text in WRAPPERS if all(key.startswith(text) for key in state)), None)):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of naming an encoder's tensors.
+    """A naming scheme for an encoder's tensors.
 
-    `prefix` stands before the backbone's keys, and `parts` renames what comes next. A file is in the layout when `mark`
-    (a regular expression) is found at the beginning of a key, and `only` holds. `inputs` has a row for each stem that
-    such encoders have. Keys that begin with one of `ignored` are left out; whatever else is there must have its place.
+    `prefix` stands before the backbone's keys, and `parts` renames the part of a key after it. A file is in the layout
+    when `mark` (a regular expression) matches the beginning of a key and `only` is true. `inputs` has a row for each
+    stem that such encoders have. Keys with a prefix in `ignored` are left out; every other key must have its place.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Layout:
         return any(re.match(self.mark, key) for key in tensors.state) and self.only(tensors)
 
     def take(self, state: State) -> tuple[State, Counter]:
-        """The tensors by our keys, and how many were left out by prefix; what has no place keeps a name of its own."""
+        """The tensors by our keys, and how many were left out by prefix; keys that have no place are marked."""
         ours, ignored = {}, Counter()
         for key, value in state.items():
             part = next((prefix for prefix in self.ignored if key.startswith(prefix)), None)
@@ -100,7 +100,7 @@ class Layout:
 
 
 def _of_2022(tensors: Tensors) -> bool:
-    """Whether a head is that of a headless copy of 2022: those came from several GPUs, or have 512 outputs."""
+    """Whether the head is the untrained head of a copy of 2022, which came from several GPUs or has 512 outputs."""
     last = tensors.state.get("backbone.fc.2.weight")
     return last is not None and (tensors.wrapped or len(last) == 512)
 
@@ -112,7 +112,7 @@ _SOLO_PARTS += ("momentum_classifier.", "prototypes.", "queue")
 _LIGHTLY_PARTS = ("projection_head.", "prediction_head.", "backbone_momentum.", "projection_head_momentum.")
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
-# Whose keys are exactly those of an architecture here.
+# Its keys are exactly those of an architecture here.
 OWN = Layout(
     "this project or the 2022 code",
     prefix="backbone.",
@@ -122,7 +122,7 @@ OWN = Layout(
     shortcut="shortcut",
 )
 
-# Asked in this order, after OWN.
+# Tried in this order, after OWN.
 LAYOUTS = (
     Layout(
         "solo-learn, older",
@@ -205,7 +205,7 @@ LAYOUTS = (
 
 
 def compare_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `state` from loading where `expected` is wanted: a phrase for missing, unexpected, misshapen keys."""
+    """Why `state` does not load in place of `expected`: a phrase each for missing, unexpected and misshapen keys."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     misshapen = [
@@ -217,7 +217,7 @@ def compare_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def in_words(*groups: Sequence[str]) -> list[str]:
-    """A phrase for each of the groups of missing, unexpected and misshapen keys that has any."""
+    """A phrase for each group (missing, unexpected, misshapen keys) that is not empty."""
     phrases = []
     for kind, keys in zip(("missing", "unexpected", "misshapen"), groups, strict=True):
         more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
@@ -235,7 +235,7 @@ def load_checked(module: torch.nn.Module, state: Mapping[str, Tensor], source: s
 
 
 def with_counters(state: State) -> State:
-    """The same with BatchNorm's counters of batches, which files of before 2018 have none of and nothing here reads."""
+    """Adds BatchNorm's batch counters, which files from before 2018 lack and nothing here reads."""
     if any(key.endswith(".num_batches_tracked") for key in state):
         return state
     norms = [key.removesuffix("running_mean") for key in state if key.endswith(".running_mean")]
@@ -243,7 +243,7 @@ def with_counters(state: State) -> State:
 
 
 def describe(kind: str, encoder: SimCLREncoder, used: int, ignored: Mapping[str, int]) -> str:
-    """What a file was taken for, in one line."""
+    """How a file was read, in one line."""
     stem = getattr(encoder.backbone, "stem", None)
     left_out = f" ({', '.join(ignored)})" if ignored else ""
     size = f"resized to {encoder.input_size} x {encoder.input_size}" if encoder.input_size else "taken as sent"

@@ -1,4 +1,4 @@
-"""ResNets with the CIFAR stem, a 3x3 convolution without max-pool that keeps the detail of 32 x 32 images, or another.
+"""ResNets with the CIFAR stem (a 3x3 convolution without max-pool, which keeps the detail of 32 x 32 images) or others.
 
 Parameter names follow the 2022 code (`conv1`, `bn1`, `layer1.0.shortcut.0`, ...), whose checkpoints load here.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Stem:
-    """What comes before the first block: a convolution, BatchNorm, and mostly a ReLU."""
+    """The layers before the first block: a convolution, BatchNorm, and usually a ReLU."""
 
     kernel: int
     stride: int
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet of one of the STEMS: images (B, 3, H, W) -> `fc` of the representation (B, dim).
+    """A ResNet with a stem of STEMS: images (B, 3, H, W) -> `fc` of the representation (B, dim).
 
     `dim` is 8 * width * expansion. `fc` is the identity until a model puts its head there.
     """

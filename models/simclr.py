@@ -1,4 +1,4 @@
-"""The SimCLR model: a backbone, and a projection head that lives in `backbone.fc` as in the 2022 code."""
+"""The SimCLR model: a backbone with a projection head in `backbone.fc`, as in the 2022 code."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.resnet import ResNet, resnet10w32, resnet18, resnet34, resnet50, resnet101
 from utils import UserError
 
-# A new architecture is one row here.
+# A new architecture is a row here.
 ARCHITECTURES = {
     "resnet10w32": resnet10w32,
     "resnet18": resnet18,
@@ -28,14 +28,14 @@ ARCHITECTURES = {
     "resnet50-norelu": partial(resnet50, "norelu"),
 }
 
-# Architectures with the stem of ImageNet, as the scripts of ImageNet scale call them.
+# Architectures with the ImageNet stem, by the names that the scripts of ImageNet scale use.
 LARGE = [name.removesuffix("-imagenet") for name in ARCHITECTURES if name.endswith("-imagenet")]
 
 USUAL = "resnet10w32, resnet18, resnet34 or resnet50 (`help` lists all)"
 
 
 def arch_name(text: str, names: Collection[str] = tuple(ARCHITECTURES)) -> str:
-    """The name itself if it is an architecture; `help` prints all names and exits. UserError for another text."""
+    """The name itself if it is an architecture; `help` prints all names and exits. UserError for any other text."""
     if text == "help":
         print(*names, sep="\n")
         raise SystemExit(0)
@@ -45,7 +45,7 @@ def arch_name(text: str, names: Collection[str] = tuple(ARCHITECTURES)) -> str:
 
 
 def large_arch_name(text: str) -> str:
-    """As `arch_name`, of those with the stem of ImageNet."""
+    """As `arch_name`, for architectures with the ImageNet stem."""
     return arch_name(text, LARGE)
 
 
@@ -53,10 +53,10 @@ Normalize = tuple[Sequence[float], Sequence[float]]  # mean and standard deviati
 
 
 def projection_head(dim: int, out_dim: int, kind: str = "mlp") -> nn.Module:
-    """The head g from h (B, dim) to z (B, out_dim), of one of three kinds.
+    """The head g from h (B, dim) to z (B, out_dim), of three kinds.
 
     `mlp` is Linear(dim, dim), ReLU, Linear(dim, out_dim) (Chen et al., ICML 2020, section 2), `mlp-bn` the same with a
-    BatchNorm before the ReLU, `linear` one Linear: a classifier, or the map from a copy's width to its victim's.
+    BatchNorm before the ReLU, `linear` a single Linear: a classifier, or the map from a copy's width to its victim's.
     """
     if kind == "linear":
         return nn.Linear(dim, out_dim)
@@ -68,9 +68,9 @@ class SimCLREncoder(nn.Module):
     """An encoder with an optional projection head.
 
     `encoder(images)` gives representations h (B, dim), `encoder.project(images)` projections z = g(h) (B, out_dim).
-    Images are float (B, 3, H, W) in [0, 1]. With `normalize` = (mean, std), one number per channel, the encoder
-    normalises them itself, so that nobody who holds it has to know; with `input_size` it first brings those of another
-    size to input_size x input_size, as an API does with whatever it is sent. `report` says what a file was taken for.
+    Images are float (B, 3, H, W) in [0, 1]. With `normalize` = (mean, std), a number per channel each, the encoder
+    normalises them itself, so that callers need not know; with `input_size` it first resizes images of another size to
+    input_size x input_size, as an API does. `report` says how a file was read.
     """
 
     report = ""
@@ -130,7 +130,7 @@ class SimCLREncoder(nn.Module):
         return self.backbone.fc(self(images))
 
     def output(self, images: Tensor) -> Tensor:
-        """What a copy shows of itself in training (B, output_dim): z where there is a head, h where not."""
+        """The features by which a copy is trained (B, output_dim): z with a head, h without."""
         return self.project(images) if self.has_head else self(images)
 
 
@@ -143,8 +143,7 @@ def build_encoder(
 ) -> SimCLREncoder:
     """A new encoder with its architecture's initialisation, drawn from the global generator (see utils.seeded).
 
-    `out_dim` None leaves the head out, whose kinds `projection_head` lists. KeyError for an unknown `arch`;
-    ARCHITECTURES names them.
+    `out_dim` None: no head. `projection_head` lists the kinds of heads. KeyError for an `arch` not in ARCHITECTURES.
     """
     backbone = ARCHITECTURES[arch]()
     fc = None if out_dim is None else projection_head(backbone.dim, out_dim, head)
@@ -160,8 +159,8 @@ def build_copy(
 ) -> SimCLREncoder:
     """A new encoder whose `output` has the width of a victim's answers.
 
-    With `head` it gets a projection head of its own (Linear, ReLU, Linear); without, its representation is the output,
-    or where that has another width, a linear map of it. Heads are trained with the copy and left out of its evaluation.
+    With `head` it has a projection head (Linear, ReLU, Linear). Without, the output is the representation, or a linear
+    map of it where the widths differ. Heads are trained with the copy and left out of its evaluation.
     """
     copy = build_encoder(arch, width if head else None, normalize, input_size=input_size)
     if not head and copy.dim != width:

@@ -1,13 +1,13 @@
-"""SimSiam's two heads (Chen & He, CVPR 2021, section 3), for copies that are trained by its loss."""
+"""SimSiam's two heads (Chen & He, CVPR 2021, section 3), for copies that are trained with its loss."""
 
 from torch import Tensor, nn
 
 
 class SimSiamHeads(nn.Module):
-    """A projector and a predictor that a copy is trained through; its evaluation leaves them out.
+    """The projector and predictor through which a copy is trained; its evaluation leaves them out.
 
-    The projector takes rows (B, width), a copy's features or a victim's answers, to (B, dim) by three layers, each with
-    a BatchNorm, the last of which is not affine; the predictor takes these to (B, dim) by two layers.
+    The projector maps rows (B, width), a copy's features or a victim's answers, to (B, dim) by three layers, each with
+    a BatchNorm (the last not affine); the predictor maps these to (B, dim) by two layers.
     """
 
     checkpoint_key = "companion"

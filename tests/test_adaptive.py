@@ -232,7 +232,7 @@ def test_it_stops_when_its_own_table_is_full_enough(encoder, images, draws):
     assert 50 <= len(index) < 500
     assert len(answers) == len(index) == client.victim.ledger.queries
     assert torch.equal(client.sources["default"], index)
-    assert f"{len(index)} of 500 images asked" in words
+    assert f"{len(index)} of 500 images queried" in words
     asked = {digest for account in client.victim.ledger.accounts.values() for digest in account.images}
     assert asked == set(image_digests(images[index]))
 

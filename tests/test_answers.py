@@ -175,13 +175,13 @@ def test_streamed_and_stored_images_give_the_same_batch(share, attack, write_npz
         batches = [(batch, *answers.batch(batch, table)) for batch in answers.batches(index, CPU, share)]
         assert [batch.index.tolist() for batch, _, _ in batches] == [part.tolist() for part in index]
         found[name] = batches
-    for (one, shown, targets), (other, shown_other, targets_other) in zip(*found.values(), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-        assert torch.equal(one.images, everything.images[one.local])
+    for (batch, shown, targets), (other, shown_other, targets_other) in zip(*found.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+        assert torch.equal(batch.images, everything.images[batch.local])
         assert torch.equal(shown, shown_other)
-        assert len(shown) == attack.views * len(one.local)
+        assert len(shown) == attack.views * len(batch.local)
         assert targets.dtype == targets_other.dtype == torch.float32
-        assert len(targets) == attack.views * len(one.index)
+        assert len(targets) == attack.views * len(batch.index)
         torch.testing.assert_close(targets, targets_other, rtol=1e-3, atol=1e-6)
         assert torch.equal(targets_other, targets_other.half().float())
     assert victim.ledger.queries == 40

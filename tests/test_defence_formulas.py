@@ -10,7 +10,6 @@ from defenses.buckets import Buckets, Coverage
 from defenses.poisoning import detection_figures, repeats
 from models.simclr import SimCLREncoder
 from tests.test_defences import DIM, Pixels, ask, random_images, represent, stream, victim_with
-from utils import UserError
 from victim import Victim
 
 
@@ -159,12 +158,6 @@ def test_poisoning_reports_what_it_found(images):
     victim = victim_with("poisoning")
     ask(victim, images[:3])
     assert victim.defences[0].report({"default": torch.arange(3)}).keys() == {"poisoned"}
-
-
-@pytest.mark.parametrize("kind", [True, False])
-def test_queries_of_one_kind_have_no_detection_figures(kind):
-    with pytest.raises(UserError, match="all queries are of one kind"):
-        detection_figures(torch.rand(5), torch.full((5,), kind), 0.8)
 
 
 # ---- rounding, topk, truncate, entropy -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from defenses import DEFENCES, DefenceChoice, parse_defences, use_defences
+from defenses.poisoning import detection_figures
 from defenses.transform import KINDS
 from models.simclr import SimCLREncoder
 from settings import Parser, settings_of
@@ -296,6 +297,11 @@ def test_values_out_of_range_are_refused_with_flag_and_value(name, setting, valu
     assert flag in said
 
 
+def test_the_most_bits_of_a_hash_table_are_taken():
+    """Not asked: a table of 16 million buckets is made at the first query."""
+    assert DEFENCES["buckets"](bucket_bits=24).bucket_bits == DEFENCES["detection"](detection_bits=24).detection_bits
+
+
 def test_what_is_more_than_an_answer_has_is_refused():
     for name, setting in (("topk", "top_k"), ("truncate", "dimensions")):
         flag = f"--{setting.replace('_', '-')}"
@@ -307,3 +313,9 @@ def test_what_is_more_than_an_answer_has_is_refused():
 def test_an_unknown_map_is_refused_with_the_choice():
     with pytest.raises(UserError, match=r"--transform spin .*orthogonal.*binary"):
         victim_with("transform", transform="spin")
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_queries_of_one_kind_have_no_detection_figures(kind):
+    with pytest.raises(UserError, match="all queries are of one kind"):
+        detection_figures(torch.rand(5), torch.full((5,), kind), 0.8)

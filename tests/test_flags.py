@@ -335,6 +335,10 @@ def differ(a, b):
     return a[1] != b[1] or a[0].keys() != b[0].keys() or not all(torch.equal(a[0][key], b[0][key]) for key in a[0])
 
 
+# What command lines lead to without the flag in question: many flags have the same.
+BEFORE = {}
+
+
 @pytest.mark.parametrize(("module", "name"), CASES, ids=[f"{module.__name__}-{name}" for module, name in CASES])
 def test_flag_has_an_effect(module, name, outcome):
     line, flags = EFFECTS[module]
@@ -342,7 +346,9 @@ def test_flag_has_an_effect(module, name, outcome):
     if module is linear_eval and name not in ("probe", "finetune", "modeltype", "recipe"):
         base = ("--save", *base)
     flag = module.make_parser().settings[name].flag
-    before = outcome(module, [*line, *base])
+    if (module, *line, *base) not in BEFORE:
+        BEFORE[module, *line, *base] = outcome(module, [*line, *base])
+    before = BEFORE[module, *line, *base]
     after = outcome(module, [*line, *base, flag, *([value] if value else [])])
     assert differ(before, after)
     if isinstance(after, str):  # a refusal has to be about this flag

@@ -50,6 +50,7 @@ def torchrun(place, command, *more):
     return subprocess.Popen([*launch, *line, *more], cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
 
+@pytest.mark.slow
 def test_both_commands_by_two_processes_after_a_preemption(place):
     """The attack is told to stop once; that it goes on without paying again is in the ledger."""
     whole = torchrun(place, STEAL, *SIZES)
@@ -86,6 +87,7 @@ def test_both_commands_by_two_processes_after_a_preemption(place):
     assert row["arch"] == "resnet50-imagenet"
 
 
+@pytest.mark.slow
 def test_a_process_for_each_gpu_of_each_machine_without_torchrun(place):
     """--multiprocessing-distributed on two "machines", which have no GPUs, so one process each."""
     port = free_port()

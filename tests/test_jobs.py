@@ -180,7 +180,7 @@ def alone():
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def together(request, tmp_path_factory):
     """What several processes make of it."""
     path = tmp_path_factory.mktemp("job") / "found.pt"

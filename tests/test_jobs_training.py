@@ -125,7 +125,7 @@ def one_process(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def many_processes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"of-{request.param}")
     assert run_job(request.param, train_all, folder) == [0] * request.param

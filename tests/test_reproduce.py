@@ -70,6 +70,7 @@ def call(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_to_its_table_and_is_not_run_twice(write, tmp_path, monkeypatch, capsys):
     line = (write(), "--results", tmp_path / "results")
     out = call(monkeypatch, capsys, *line)

@@ -1,6 +1,7 @@
 """The trainer: what it computes in a step, what it asks of a victim and keeps, and what it refuses."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -16,7 +17,7 @@ from tests.networks import FP32, losses, same, small_encoder, steal, trainer, we
 from training.recipe import Recipe
 from training.run import Run
 from utils import Precision, UserError, generator, seeded
-from victim import Victim
+from victim import Victim, digest_tensor, unpack_digests
 
 LABELS = torch.arange(12) % 3
 
@@ -216,6 +217,30 @@ def test_checkpoint_keeps_the_ledger_and_what_was_queried(tmp_path, images, enco
     assert checkpoint["ledger"]["default"]["queries"] == 12
     assert checkpoint["query_digests"].shape == (12, 16)
     assert not any(".fc." in key for key in checkpoint["state_dict"])  # no head that was never trained
+
+
+def test_an_attacker_who_chooses_has_the_labels_and_the_record_of_its_choice(tmp_path, images, encoder):
+    """8 of 12 images are asked: their labels go with their answers, and the checkpoint says which they were."""
+    found = {}
+
+    def loss(copy, victim, labels):
+        found.update(zip(labels.tolist(), victim, strict=True))
+        return copy.square().mean()
+
+    job = trainer(tmp_path, losstype="supcon", epochs=1)
+    job.loss = dataclasses.replace(job.loss, function=loss)
+    job.run.record.query_set, job.run.record.query_indices = {"images": 12}, torch.arange(100, 112)
+    victim = Victim(encoder, budget=8)
+    steal(job, images, victim, torch.arange(12), max_coverage=100.0)
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pth.tar")
+    asked = (checkpoint["query_indices"] - 100).tolist()
+    assert (len(found), victim.ledger.queries, checkpoint["query_set"]) == (8, 8, {"images": 8})
+    assert sorted(found) == asked != list(range(8))
+    assert torch.equal(checkpoint["query_digests"], digest_tensor(images[asked]))
+    assert victim.ledger.accounts["default"].images == set(unpack_digests(checkpoint["query_digests"]))
+    answers = Victim(encoder).query(images)
+    for label, row in found.items():
+        torch.testing.assert_close(row, answers[label], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("theirs", ["resnet18", "resnet34", "resnet50"])

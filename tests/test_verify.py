@@ -339,7 +339,7 @@ def refuses(refused, encoders):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"victim": "independent1"}, "holds no watermark's MLP"),
+        ({"victim": "independent1"}, "holds no watermark MLP"),
         ({"suspect": "nowhere.pth.tar"}, "no checkpoint at nowhere.pth.tar"),
         ({"victim": "copy1", "method": "dataset-inference"}, "does not say which data set it was trained on"),
         (("--level", "1"), "'1' is not a number above 0 and below 1"),

@@ -196,8 +196,8 @@ def test_mlps_of_the_2022_code_are_read_and_other_files_refused():
     assert same(read.state_dict(), mlp.state_dict())
     assert not read.training
     for content, message in (
-        ({"state_dict": {}}, "old.pth.tar holds no watermark's MLP"),
-        ({WatermarkMLP.checkpoint_key: {"weight": torch.ones(2)}}, "something else than a watermark's MLP: weight"),
+        ({"state_dict": {}}, "old.pth.tar holds no watermark MLP"),
+        ({WatermarkMLP.checkpoint_key: {"weight": torch.ones(2)}}, "something other than a watermark MLP: weight"),
     ):
         with pytest.raises(UserError, match=message):
             read_watermark(content, "old.pth.tar")
@@ -226,7 +226,7 @@ def test_a_watermarked_victim_is_stolen_and_its_copy_read(call, refused, trained
     """--watermark names the victim, and the MLP is tried on the copy; with no such victim, or no MLP, it is refused."""
     assert "watermark True" in refused(steal, *STEAL, "--watermark", "True")
     plain = next(tmp_path.rglob("victim-cifar10-*infonce*seed0*/checkpoint.pth.tar"))
-    assert "holds no watermark's MLP" in refused(steal, *STEAL, "--watermark", "True", "--victim", plain)
+    assert "holds no watermark MLP" in refused(steal, *STEAL, "--watermark", "True", "--victim", plain)
     train = ("--dataset", "cifar10", "--epochs", "1", "-b", "32", *SMALL)
     assert call(run, *train, "--watermark", "True")[0] == 0
     code, out, err = call(steal, *STEAL, "--watermark", "True", "--defence", "noise")

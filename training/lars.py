@@ -1,4 +1,4 @@
-"""LARS: SGD whose step is, in each layer, in proportion to the layer's weights."""
+"""LARS: SGD whose step in each layer is proportional to the norm of the layer's weights."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,9 +9,9 @@ from torch import Tensor
 class LARS(torch.optim.SGD):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, equation 6, algorithm 1), over SGD with momentum.
 
-    For each parameter w with gradient g, both of which have to be other than 0, the gradient that SGD's momentum takes
-    is (g + weight_decay w) * trust |w| / (|g| + weight_decay |w| + eps); for others it is g + weight_decay w. Norms are
-    Euclidean. Biases and batch norms are no exceptions, as in the 2022 work.
+    For a parameter w with gradient g, SGD with momentum gets (g + weight_decay w) * trust |w| / (|g| + weight_decay |w|
+    + eps) as the gradient, or g + weight_decay w where w or g is 0. Norms are Euclidean. Biases and batch norms are
+    included, as in the 2022 code.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step; the gradients are changed in place."""
+        """Take a step; this changes the gradients in place."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
                 continue
             gradients = [weight.grad for weight in weights]
             # Norms stay on the device: nothing here waits for it.
-            w, g = (torch.stack(torch._foreach_norm(one)) for one in (weights, gradients))
+            w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, gradients))
             ratio = self.trust * w / (g + self.decay * w + self.eps)
             ratio = torch.where((w > 0) & (g > 0), ratio, 1.0)
             if self.decay:
