@@ -290,7 +290,14 @@ EFFECTS = {
         },
     ),
 }
-CASES = [(module, name) for module, (_, flags) in EFFECTS.items() for name in flags]
+# Settings of defences act in the black box, the same for all scripts: steal.py and legitimate.py stand for them.
+ELSEWHERE_TOO = {(module, name) for module in (stealhead, stealsimsiam) for name in DEFENDED}
+CASES = [
+    pytest.param(module, name, marks=[pytest.mark.slow] if (module, name) in ELSEWHERE_TOO else [])
+    for module, (_, flags) in EFFECTS.items()
+    for name in flags
+]
+IDS = [f"{case.values[0].__name__}-{case.values[1]}" for case in CASES]
 
 
 @pytest.mark.parametrize("module", EFFECTS, ids=lambda module: module.__name__)
@@ -339,7 +346,7 @@ def differ(a, b):
 BEFORE = {}
 
 
-@pytest.mark.parametrize(("module", "name"), CASES, ids=[f"{module.__name__}-{name}" for module, name in CASES])
+@pytest.mark.parametrize(("module", "name"), CASES, ids=IDS)
 def test_flag_has_an_effect(module, name, outcome):
     line, flags = EFFECTS[module]
     base, value = flags[name] if isinstance(flags[name], tuple) else ((), flags[name])

@@ -62,7 +62,9 @@ def test_the_layer_is_that_of_gradient_descent_on_the_centres(judge, victim, dat
     assert (row["train_images"], row["test_images"]) == (24, 16)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "svhn", "npz:{data}/mnist.npz", "folder:{data}/imagenet"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cifar10", marks=pytest.mark.slow), "svhn", "npz:{data}/mnist.npz", "folder:{data}/imagenet"]
+)
 def test_any_data_set_can_be_judged_on(judge, victim, data, name):
     row, _ = judge(*victim, "--dataset", name.format(data=data), "--epochs", "1")
     assert 0 <= row["top1"] <= row["top5"] <= 100

@@ -112,6 +112,7 @@ def test_pixels_do_not_tell_the_class():
     assert accuracy < 0.25
 
 
+@pytest.mark.slow
 def test_random_features_hardly_tell_the_class():
     torch.manual_seed(0)
     encoder = build_encoder("resnet10w32").eval()

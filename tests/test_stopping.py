@@ -222,7 +222,7 @@ def wait_for(condition, seconds=60):
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(processes, tmp_path, write_npz):
     """A signal to one of its processes after the first epoch; the weights are those of an undisturbed run."""
-    write_npz(train=128, test=8)
+    write_npz(train=64, test=8)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
