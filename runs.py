@@ -188,7 +188,7 @@ def find(
             f"no {kind} encoder{' with' * bool(asked)}{asked} in {root}; there: {listed}; or give {spelled} PATH"
         )
     if number is not None and not 1 <= number <= len(fitting):
-        raise UserError(f"{spelled} {number}: {len(fitting)} {kind} encoders fit{asked}")
+        raise UserError(f"{spelled} {number}: {len(fitting)} {kind} encoders fit{asked}, give a number up to that")
     if number is None and len(fitting) > 1:
         raise UserError(
             f"{len(fitting)} {kind} encoders fit{asked}, choose by {spelled} NUMBER: {_differences(list(fitting))}"
