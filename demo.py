@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.figures import neighbour_picture
+from files.writing import atomic_path
 from jobs.ending import script
 from settings import Command, Parser, Settings, setting
-from utils import UserError, atomic_path
+from utils import UserError
 
 HERE = Path(__file__).resolve().parent
 ARCH = "resnet10w32"

@@ -13,12 +13,12 @@ from evaluation.downstream import Downstream, Others, instead_of_probe, judge_en
 from evaluation.encoders import COPIES, LOSSES, SOUGHT, SOUGHT_NAMES, EncoderChoice, open_judged, settle_search
 from evaluation.probes import Probe
 from evaluation.rows import encoder_row
+from files.writing import save_checkpoint
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from models import SimCLREncoder
 from settings import Command, Parser
 from training.recipe import Protocol
-from utils import save_checkpoint
 
 OWNERS = (Data, Downstream, EncoderChoice, Probe, *SOUGHT, Machine, Threads, Protocol)
 

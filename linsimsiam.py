@@ -16,6 +16,7 @@ from evaluation.encoders import Sought
 from evaluation.large_scale import LargeChoice, layer_scores, open_labelled, open_large, train_layer
 from evaluation.rows import encoder_row
 from evaluation.test_images import unqueried_positions
+from files.writing import save_checkpoint
 from jobs.ending import script
 from jobs.machine import Machine, set_up
 from jobs.place import Processes
@@ -24,7 +25,6 @@ from settings import Command, Parser
 from training.objective import LossChoice
 from training.recipe import LargeScale, Recipe, use_large_recipe
 from training.run import Record
-from utils import save_checkpoint
 
 SOUGHT = [Sought(owner, "stolen") for owner in (runs.CopyChoice, QueryChoice, LossChoice)]
 

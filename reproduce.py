@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.runner import Experiment, Runner, picture, results_table, run_all
+from files.writing import atomic_path
 from jobs.ending import script
 from settings import Command, Parser, Settings, setting
 from training.run import relative
-from utils import atomic_path
 
 
 @dataclass(frozen=True)

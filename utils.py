@@ -1,4 +1,4 @@
-"""Errors, seeds, device and precision, and files that are written atomically."""
+"""Errors, seeds, device and precision, and the provenance of results."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,31 +120,7 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which replaces `path` on success and is removed on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(content: Mapping, path: Path) -> None:
-    """Write a checkpoint of tensors and plain types, atomically and by rank 0 only."""
-    if not first_process():
-        return
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(dict(content), temporary)
-        except RuntimeError as error:  # torch's report of a full disk
-            raise UserError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from None
+# ---- provenance ------------------------------------------------------------------------------------------------------
 
 
 def provenance(precision: Precision) -> dict[str, str]:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from data_aug.folders import load_folder, resize
 from data_aug.shapes import make_shapes, make_textures
+from files.writing import atomic_path
 from settings import Parser, Settings, setting
-from utils import UserError, atomic_path, generator
+from utils import UserError, generator
 
 SIZE = 32  # images are SIZE x SIZE pixels unless another size is asked for
 HELD_OUT = 1000  # test images that an attacker who queries the victim's data set leaves for the evaluation

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_aug.datasets import load_dataset
+from files.writing import atomic_path
 from models import build_encoder, load_encoder
 from training.represent import represent
-from utils import atomic_path, seeded
+from utils import seeded
 
 COLOURS = ("tab:blue", "tab:orange", "tab:red", "tab:gray")
 FRAME = 1  # white pixels around each image

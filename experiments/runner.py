@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from utils import UserError, atomic_path
+from files.writing import atomic_path
+from utils import UserError
 
 HERE = Path(__file__).resolve().parent.parent  # the folder of the scripts
 KEYS = {"about", "common", "victim", "independent", "steal", "judge", "user", "detect", "verify"}

@@ -5,8 +5,8 @@ import linear_eval
 import run
 import steal
 from evaluation.figures import nearest_images, neighbour_picture
+from files.writing import save_checkpoint
 from models import load_encoder
-from utils import save_checkpoint
 
 ROWS = [
     {"name": "victim", "top1_converged": 50.04, "top1": 30.0, "knn": 20.0, "queries": 0, "made_in": 61.2},

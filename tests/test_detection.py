@@ -14,7 +14,8 @@ from defenses.buckets import hyperplanes
 from defenses.detection import SCORES, Detection, non_normality, scores_of, similarity
 from defenses.nearest import BLOCK, Memory, nearest_distances
 from evaluation import represent, streams
-from utils import Precision, UserError, generator, save_checkpoint
+from files.writing import save_checkpoint
+from utils import Precision, UserError, generator
 from victim import Victim, digest_tensor
 
 DIM = 16

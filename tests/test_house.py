@@ -15,9 +15,10 @@ FILES = sorted(
 SCRIPTS = {path.stem for path in ROOT.glob("*.py") if "@script" in path.read_text()} - {"runs"}
 
 # What each room may import of the others; scripts may import all, and nothing imports a script.
-_BASE = {"settings", "utils"}
+_BASE = {"files", "settings", "utils"}
 MAY_IMPORT = {
     "utils": set(),
+    "files": {"utils"},
     "settings": {"utils"},
     "jobs": _BASE,
     "models": _BASE,
@@ -25,12 +26,12 @@ MAY_IMPORT = {
     "training": _BASE | {"jobs", "models", "data_aug"},
     "loss": {"settings", "training"},
     "defenses": _BASE | {"models", "data_aug"},
-    "victim": {"utils", "models", "data_aug", "defenses"},
+    "victim": {"files", "utils", "models", "data_aug", "defenses"},
     "runs": _BASE | {"data_aug", "jobs", "loss", "models", "training", "victim"},
     "attacks": _BASE | {"data_aug", "defenses", "jobs", "loss", "models", "runs", "training", "victim"},
     "simclr": _BASE | {"attacks", "data_aug", "defenses", "jobs", "training", "victim"},
     "evaluation": _BASE | {"attacks", "data_aug", "defenses", "loss", "models", "runs", "simclr", "training", "victim"},
-    "experiments": {"utils"},
+    "experiments": {"files", "utils"},
 }
 
 

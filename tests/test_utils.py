@@ -8,18 +8,10 @@ import pytest
 import torch
 import yaml
 
+from files.writing import atomic_path, save_checkpoint
 from jobs.ending import script
 from training.run import Run
-from utils import (
-    Precision,
-    UserError,
-    atomic_path,
-    choose_device,
-    derive_seed,
-    generator,
-    save_checkpoint,
-    seeded,
-)
+from utils import Precision, UserError, choose_device, derive_seed, generator, seeded
 
 FP32 = Precision("fp32", torch.device("cpu"))
 

@@ -24,10 +24,11 @@ from evaluation.ownership import (
 )
 from evaluation.statistics import cohens_d, distance_from, further_draw, roc, sign_test, welch
 from evaluation.verdict import passes
+from files.writing import save_checkpoint
 from models import build_encoder, load_encoder, read_checkpoint
 from tests.conftest import call_main
 from tests.test_watermark import lit
-from utils import save_checkpoint, seeded
+from utils import seeded
 
 SMALL = ("--arch", "resnet10w32", "--device", "cpu", "--precision", "fp32")
 FEW = ("--num-test", "80")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_aug.images import Batch
+from files.writing import save_checkpoint
 from jobs.ending import Stopped, deferred, received
 from jobs.exchange import any_of, barrier, parallel, processes, whole_batch
 from models import read_checkpoint
@@ -20,7 +21,7 @@ from training.monitor import Watch
 from training.objective import Loss
 from training.recipe import Recipe, learning_rate
 from training.run import Run, relative
-from utils import UserError, first_process, generator, save_checkpoint
+from utils import UserError, first_process, generator
 
 # A batch -> its loss, and the features it is computed from.
 BatchLoss = Callable[[Batch], tuple[Tensor, Tensor]]

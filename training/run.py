@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from files.writing import atomic_path
 from settings import Command
-from utils import Precision, atomic_path, first_process, provenance
+from utils import Precision, first_process, provenance
 
 CHECKPOINT = "checkpoint.pth.tar"
 _SPELT = {"num_queries": "{}q", "epochs": "{}ep", "seed": "seed{}"}

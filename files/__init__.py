@@ -1,0 +1,1 @@
+"""What is written to disk, and what is read back from it."""
