@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import runs
+from attacks import victims
 from data_aug.datasets import Data, load_labelled
 from defenses.detection import Detection
 from evaluation.encoders import open_owner
@@ -22,6 +22,8 @@ from evaluation.streams import Streams, load_others, score_all, stream_figures, 
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from settings import Command, Parser, Settings, setting, settings_of
+from training import finding
+from training.run import open_run
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     streams, detector = command[Streams], command[Detection]
-    path = runs.find(command, "victim", "victim", {})
+    path = finding.find(command, "victim", "victim", {})
     encoder, trained = open_owner(path)
-    run = runs.open_run(command, runs.home_of(path, machine.checkpoint_dir), precision, victim=str(path))
+    run = open_run(command, finding.home_of(path, machine.checkpoint_dir), precision, victim=str(path))
     shown = run.folder / "table.md"
     if run.done():
         print(shown.read_text(), end="")
@@ -84,7 +86,7 @@ def main() -> None:
     }
     run.add_row(row)
     run.finish()
-    runs.say_steal(command, path, encoder, trained.get("dataset", ""), "--defence", "detection")
+    victims.say_steal(command, path, encoder, trained.get("dataset", ""), "--defence", "detection")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import runs
+from attacks import victims
 from data_aug.datasets import DATASET_NAMES, Data, check_name
 from defenses import DEFENCES, Defence, DefenceChoice, use_defences
 from evaluation.rows import rounded
@@ -19,7 +19,9 @@ from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from loss import STEAL_LOSSES
 from settings import Command, Parser, Settings, setting
+from training import finding
 from training.objective import LossChoice
+from training.run import open_run
 from victim import Api, Victim
 
 
@@ -42,7 +44,7 @@ class User(Settings):
     )
 
 
-OWNERS = (Data, User, runs.VictimChoice, DefenceChoice, *DEFENCES.values(), LossChoice, UserHead, Machine, Threads)
+OWNERS = (Data, User, victims.VictimChoice, DefenceChoice, *DEFENCES.values(), LossChoice, UserHead, Machine, Threads)
 
 
 def make_parser() -> Parser:
@@ -59,7 +61,7 @@ def make_parser() -> Parser:
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
     by_loss = command.defence is True  # --defence True means what it does against an attack by a loss
-    command.use_all(Data, User, runs.VictimChoice, UserHead, Machine, Threads, LossChoice)
+    command.use_all(Data, User, victims.VictimChoice, UserHead, Machine, Threads, LossChoice)
     use_defences(command, command.losstype, command.seed)
     command.refuse_idle(losstype=None if by_loss else "without --defence True")
     return command
@@ -70,8 +72,8 @@ def main() -> None:
     started = time.perf_counter()
     command = parse()
     machine, precision = set_up(command)
-    path, _, encoder = runs.open_victim(command)
-    run = runs.open_run(command, runs.home_of(path, machine.checkpoint_dir), precision)
+    path, _, encoder = victims.open_victim(command)
+    run = open_run(command, finding.home_of(path, machine.checkpoint_dir), precision)
     if run.done():
         return
     name, defences = command.dataset_test, command.all(Defence)
@@ -98,7 +100,7 @@ def main() -> None:
     run.add_row(row, step=command.epochs)
     run.finish()
     defended = ("--defence", command.defence) if defences else ()
-    runs.say_steal(command, path, encoder, command.dataset, *defended)
+    victims.say_steal(command, path, encoder, command.dataset, *defended)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import runs
+from attacks import victims
 from data_aug.datasets import Data
 from evaluation.downstream import Downstream, Others, instead_of_probe, judge_encoder, load_images, open_others
 from evaluation.encoders import COPIES, LOSSES, SOUGHT, SOUGHT_NAMES, EncoderChoice, open_judged, settle_search
@@ -18,7 +18,9 @@ from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from models import SimCLREncoder
 from settings import Command, Parser
+from training import finding
 from training.recipe import Protocol
+from training.run import open_run
 
 OWNERS = (Data, Downstream, EncoderChoice, Probe, *SOUGHT, Machine, Threads, Protocol)
 
@@ -51,7 +53,7 @@ def main() -> None:
     path, checkpoint, encoder = open_judged(command)
     command.set(arch=encoder.arch)
     root = machine.checkpoint_dir
-    run = runs.open_run(command, runs.home_of(path, root) if path else root / f"random-{encoder.arch}", precision)
+    run = open_run(command, finding.home_of(path, root) if path else root / f"random-{encoder.arch}", precision)
     if run.done():
         return
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
@@ -82,15 +84,15 @@ def main() -> None:
 def suggest_next(command: Command, path: Path | None, encoder: SimCLREncoder, others: Others) -> None:
     """The next command: steal a victim, compare a copy with its victim, then ask whether it is stolen."""
     if path is None:
-        runs.say_next(command, "run.py", "--arch", command.arch)
+        finding.say_next(command, "run.py", "--arch", command.arch)
     elif command.modeltype == "victim":
-        runs.say_steal(command, path, encoder, command.dataset)
+        victims.say_steal(command, path, encoder, command.dataset)
     elif others:
         pair = ("--victim", Path(others["victim"][0]), "--suspect", path)
-        runs.say_next(command, "verify.py", "--method", "dataset-inference", *pair)
+        finding.say_next(command, "verify.py", "--method", "dataset-inference", *pair)
     else:
         on = ("--dataset-test", command.dataset_test)
-        runs.say_next(command, "linear_eval.py", "--stolen", path, *on, "--fidelity")
+        finding.say_next(command, "linear_eval.py", "--stolen", path, *on, "--fidelity")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import runs
+from attacks import victims
 from attacks.queries import QueryChoice
 from data_aug.datasets import Data
 from data_aug.images import Loading, picture_name
@@ -22,11 +22,12 @@ from jobs.machine import Machine, set_up
 from jobs.place import Processes
 from loss import STEAL_LOSSES
 from settings import Command, Parser
+from training import finding
 from training.objective import LossChoice
 from training.recipe import LargeScale, Recipe, use_large_recipe
-from training.run import Record
+from training.run import Record, open_run
 
-SOUGHT = [Sought(owner, "stolen") for owner in (runs.CopyChoice, QueryChoice, LossChoice)]
+SOUGHT = [Sought(owner, "stolen") for owner in (victims.CopyChoice, QueryChoice, LossChoice)]
 
 
 def make_parser() -> Parser:
@@ -59,7 +60,7 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     path, checkpoint, encoder = open_large(command)
-    run = runs.open_run(command, runs.home_of(path, machine.checkpoint_dir), precision)
+    run = open_run(command, finding.home_of(path, machine.checkpoint_dir), precision)
     if command.resume is True and not command.evaluate and run.done():
         return
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
@@ -85,10 +86,10 @@ def main() -> None:
     run.add_row(row, step=recipe.epochs)
     run.finish()
     if command.modeltype == "victim":
-        runs.say_next(command, "stealsimsiam.py", "--pretrained", path, "--datasetsteal", "imagenet", "--lars")
+        finding.say_next(command, "stealsimsiam.py", "--pretrained", path, "--datasetsteal", "imagenet", "--lars")
     elif "victim" in checkpoint.get("settings", {}):
         victim = Path(checkpoint["settings"]["victim"])
-        runs.say_next(command, "linsimsiam.py", "--pretrained", victim, "--dataset", command.dataset, "--lars")
+        finding.say_next(command, "linsimsiam.py", "--pretrained", victim, "--dataset", command.dataset, "--lars")
 
 
 if __name__ == "__main__":

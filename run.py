@@ -7,7 +7,7 @@ torchrun --nproc-per-node 4 run.py --dataset cifar10 --epochs 200 --arch resnet3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import runs
+from attacks import victims
 from data_aug.datasets import (
     DATASET_NAMES,
     Data,
@@ -28,6 +28,7 @@ from settings import Command, Parser, Settings, setting
 from simclr import SimCLR
 from training.objective import Loss, LossChoice
 from training.recipe import Protocol, Recipe
+from training.run import open_run, relative
 from utils import seeded
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     train, loss = command[Train], command[Loss]
-    run = runs.open_run(command, machine.checkpoint_dir, precision)
+    run = open_run(command, machine.checkpoint_dir, precision)
     split = "train" if loss.needs_labels else unlabelled_split(train.dataset)
     images, labels = load_dataset(train.dataset, command.data, split)
     if train.num_train:
@@ -105,8 +106,8 @@ def main() -> None:
     if watermark:
         test, _ = load_dataset(train.dataset, command.data, "test")
         print(watermark_line(model, watermark.eval(), test, precision, machine.seed))
-    print(f"victim: {runs.relative(run.checkpoint)}")
-    runs.say_steal(command, run.folder, model, train.dataset)
+    print(f"victim: {relative(run.checkpoint)}")
+    victims.say_steal(command, run.folder, model, train.dataset)
 
 
 if __name__ == "__main__":

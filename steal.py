@@ -6,8 +6,7 @@ torchrun --nproc-per-node 4 steal.py --datasetsteal svhn --losstype mse --num_qu
 
 from collections.abc import Sequence
 
-import runs
-from attacks import ATTACKS, Attack, Heads, use_attack
+from attacks import ATTACKS, Attack, Heads, use_attack, victims
 from attacks.queries import QueryChoice, choose_queries
 from data_aug.datasets import Data
 from defenses import DEFENCES, Defence, DefenceChoice, use_defences
@@ -20,12 +19,14 @@ from loss import STEAL_LOSSES
 from models import SimSiamHeads, build_copy
 from settings import Command, Parser
 from simclr import SimCLR
+from training import finding
 from training.objective import Loss, LossChoice
 from training.recipe import Protocol, Recipe
+from training.run import relative
 from utils import UserError, seeded
 from victim import Api, Victim
 
-OWNERS = (Data, runs.VictimChoice, runs.Copy, QueryChoice, Attack, DefenceChoice, *DEFENCES.values(), LossChoice)
+OWNERS = (Data, victims.VictimChoice, victims.Copy, QueryChoice, Attack, DefenceChoice, *DEFENCES.values(), LossChoice)
 OWNERS = (*OWNERS, Recipe, *STEAL_LOSSES.values(), Heads, Machine, Threads, Protocol, Processes)
 
 
@@ -35,16 +36,16 @@ def make_parser() -> Parser:
         OWNERS,
         kind="stolen",
         core=("datasetsteal", "archstolen", "losstype", "num_queries", "epochs", "seed"),
-        implied=runs.VICTIM_SETTINGS,
+        implied=victims.VICTIM_SETTINGS,
         choices={"losstype": STEAL_LOSSES},
     )
 
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, runs.VictimChoice, Machine, Threads, Protocol, Processes)
+    command.use_all(Data, victims.VictimChoice, Machine, Threads, Protocol, Processes)
     preset = ATTACKS[command.attack]
-    command.use(runs.Copy, preset)
+    command.use(victims.Copy, preset)
     command.use(LossChoice, preset)
     loss = command.use(STEAL_LOSSES[command.losstype], preset)
     command.use(Recipe, preset, loss.presets, seed=command.seed, recipe=command.recipe)
@@ -60,8 +61,8 @@ def parse(line: Sequence[str] | None = None) -> Command:
 def main() -> None:
     command = parse()
     machine, precision = set_up(command)
-    loss, attack, copy, recipe = command[Loss], command[Attack], command[runs.Copy], command[Recipe]
-    path, checkpoint, encoder = runs.open_victim(command)
+    loss, attack, copy, recipe = command[Loss], command[Attack], command[victims.Copy], command[Recipe]
+    path, checkpoint, encoder = victims.open_victim(command)
     command.refuse_idle()  # again: the victim's file may have said which data set it is of
     mlp = read_watermark(checkpoint, str(path)) if copy.watermark else None
     if copy.victimhead and not encoder.has_head:
@@ -79,15 +80,15 @@ def main() -> None:
     if mlp is not None:
         check_width(mlp, model)
 
-    run = runs.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, path, encoder, record, precision)
     if loss.needs_labels:
         print(f"{command.losstype}: this attacker has the true labels of the images queried")
     SimCLR(model, loss, recipe, run, heads).steal(images, victim, attack, labels)
     if mlp is not None:
         test, _, _ = load_test(command.dataset, command.data, run.record)
         print(watermark_line(model, mlp, test, precision, machine.seed))
-    print(f"copy: {runs.relative(run.checkpoint)}")
-    runs.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset)
+    print(f"copy: {relative(run.checkpoint)}")
+    finding.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import runs
-from attacks import ADAPTIVE, Attack
+from attacks import ADAPTIVE, Attack, victims
 from attacks.head import LOSSES, Head, open_api
 from attacks.queries import QueryChoice, choose_queries
 from data_aug.datasets import Data
@@ -24,13 +23,14 @@ from loss import HEAD_LOSSES
 from models import SimSiamHeads, build_copy, projection_head
 from settings import Command, Parser
 from simclr import SimCLR
+from training import finding
 from training.objective import Loss, LossChoice
 from training.recipe import Recipe
-from training.run import Run
+from training.run import Run, relative
 from utils import seeded
 from victim import Victim
 
-OWNERS = (Data, runs.VictimChoice, Head, QueryChoice, Attack, DefenceChoice, *DEFENCES.values(), LossChoice, Recipe)
+OWNERS = (Data, victims.VictimChoice, Head, QueryChoice, Attack, DefenceChoice, *DEFENCES.values(), LossChoice, Recipe)
 OWNERS = (*OWNERS, *LOSSES.values(), *HEAD_LOSSES.values(), Machine, Threads)
 
 
@@ -40,7 +40,7 @@ def make_parser() -> Parser:
         OWNERS,
         kind="stolen",
         core=("attack", "datasetsteal", "archstolen", "losshead", "losstype", "num_queries", "epochs", "seed"),
-        implied=runs.VICTIM_SETTINGS,
+        implied=victims.VICTIM_SETTINGS,
         choices={"losstype": LOSSES},
         flags={"arch": ("--arch-victim", "--archvic")},
         defaults={"n_views": 2},
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, runs.VictimChoice, Machine, Threads, QueryChoice, LossChoice)
+    command.use_all(Data, victims.VictimChoice, Machine, Threads, QueryChoice, LossChoice)
     loss = command.use(LOSSES[command.losstype])
     recipe = command.use(Recipe, loss.presets, seed=command.seed)
     head = command.use(Head, {"head_queries": command.num_queries // 2, "epochshead": 2 * recipe.epochs})
@@ -89,7 +89,7 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     head, (loss, _) = command[Head], command.all(Loss)
-    path, _, encoder = runs.open_victim(command)
+    path, _, encoder = victims.open_victim(command)
     command.refuse_idle()  # again: the victim's file may have said which data set it is of
     api = open_api(command, encoder.to(precision.device), path)
     count, images_of_head = command.num_queries // command.n_views, head.head_queries // command.n_views
@@ -98,7 +98,7 @@ def main() -> None:
     with seeded(machine.seed):
         model = build_copy(head.archstolen, command.out_dim, encoder.normalize, head=True)
         heads = SimSiamHeads(command.out_dim, command.out_dim) if loss.predictor else None
-    run = runs.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, path, encoder, record, precision)
 
     def refine(answers: Tensor) -> Tensor:
         """The answers through the re-created head."""
@@ -106,14 +106,14 @@ def main() -> None:
         run.say(f"of these queries {spent} train the head, all {len(answers)} train the copy")
         part = run.below("head", "head")
         recreated = recreate_head(command, answers, images_of_head, part)
-        run.say(f"head: {runs.relative(part.checkpoint)}")
+        run.say(f"head: {relative(part.checkpoint)}")
         h = answers[:, : answers.shape[1] - command.out_dim] if head.victimhead else answers
         return torch.cat([recreated(part) for part in h.split(4096)])
 
     trainer = SimCLR(model, loss, command[Recipe], run, heads)
     trainer.steal(images, victim, command[Attack], labels, refine)
-    print(f"copy: {runs.relative(run.checkpoint)}")
-    runs.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset)
+    print(f"copy: {relative(run.checkpoint)}")
+    finding.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-import runs
+from attacks import victims
 from attacks.labels import MODES, Labels, open_classifier
 from attacks.queries import QueryChoice, choose_queries
 from data_aug.datasets import Data
@@ -22,13 +22,15 @@ from loss import LABEL_LOSSES
 from models import build_encoder
 from settings import Command, Parser
 from simclr import SimCLR
+from training import finding
 from training.objective import Loss, LossChoice
 from training.recipe import Recipe
 from training.represent import represent
+from training.run import relative
 from utils import UserError, seeded
 from victim import Api, Victim, digest_tensor
 
-OWNERS = (Data, runs.VictimChoice, Labels, QueryChoice, LossChoice, Recipe, *LABEL_LOSSES.values(), Machine, Threads)
+OWNERS = (Data, victims.VictimChoice, Labels, QueryChoice, LossChoice, Recipe, *LABEL_LOSSES.values(), Machine, Threads)
 
 
 def make_parser() -> Parser:
@@ -37,7 +39,7 @@ def make_parser() -> Parser:
         OWNERS,
         kind="stolen",
         core=("attack", "dataset_test", "datasetsteal", "archstolen", "losstype", "num_queries", "epochs", "seed"),
-        implied=runs.VICTIM_SETTINGS,
+        implied=victims.VICTIM_SETTINGS,
         choices={"losstype": LABEL_LOSSES},
         defaults={"losstype": "direct"},
         flags={"arch": ("--arch-victim", "--archvic")},
@@ -50,7 +52,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
     given = command.given
     if {"losstype", "mode"} <= given.keys() and MODES[given["mode"]] != given["losstype"]:
         raise UserError(f"--mode {given['mode']} and --losstype {given['losstype']} contradict each other: give one")
-    command.use_all(Data, runs.VictimChoice, Machine, Threads, QueryChoice)
+    command.use_all(Data, victims.VictimChoice, Machine, Threads, QueryChoice)
     losstype = command.use(LossChoice, {"losstype": MODES[command.mode]}).losstype
     command.use(Labels, {"modeloutput": "logits" if losstype == "knockoff" else "labels"})
     command.set(mode=losstype)
@@ -71,7 +73,7 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     supervised = command.victimtype == "supervised"
-    path, _, encoder = runs.open_victim(command, **({"losstype": "supervised"} if supervised else {}))
+    path, _, encoder = victims.open_victim(command, **({"losstype": "supervised"} if supervised else {}))
     command.refuse_idle()  # again: the victim's file may have said which data set it is of
     if supervised:
         command.set(dataset_test=command.dataset)
@@ -84,7 +86,7 @@ def main() -> None:
     victim = Victim(api, command.num_queries, precision=precision)
     with seeded(machine.seed):
         model = build_encoder(command.archstolen, victim.dim, encoder.normalize, head="linear")
-    run = runs.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, path, encoder, record, precision)
     if run.done():
         return
     # Before anything is paid for: are there test images that were not queried?
@@ -109,8 +111,8 @@ def main() -> None:
     }
     run.add_row(row, step=command.epochs)
     run.finish()
-    print(f"copy: {runs.relative(run.checkpoint)}")
-    runs.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset_test)
+    print(f"copy: {relative(run.checkpoint)}")
+    finding.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset_test)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ torchrun --nproc-per-node 4 stealsimsiam.py --pretrained models/checkpoint_0099-
 from collections.abc import Sequence
 from pathlib import Path
 
-import runs
-from attacks import ADAPTIVE, Attack, Heads
+from attacks import ADAPTIVE, Attack, Heads, victims
 from attacks.queries import PictureChoice, QueryChoice, choose_pictures
 from data_aug.datasets import Data
 from data_aug.images import Loading, picture_name
@@ -21,12 +20,14 @@ from models import SimCLREncoder, SimSiamHeads, build_copy, large_arch_name, rea
 from models.layouts import IMAGENET
 from settings import Command, Parser
 from simclr import SimCLR
+from training import finding
 from training.objective import Loss, LossChoice
 from training.recipe import LargeScale, Recipe, use_large_recipe
+from training.run import relative
 from utils import UserError, seeded
 from victim import Api, Victim
 
-OWNERS = (Data, LargeScale, runs.VictimChoice, runs.Copy, PictureChoice, QueryChoice, Attack, DefenceChoice)
+OWNERS = (Data, LargeScale, victims.VictimChoice, victims.Copy, PictureChoice, QueryChoice, Attack, DefenceChoice)
 OWNERS = (*OWNERS, *DEFENCES.values(), LossChoice, Recipe, *STEAL_LOSSES.values(), Heads, Machine, Loading, Processes)
 
 
@@ -36,7 +37,7 @@ def make_parser() -> Parser:
         OWNERS,
         kind="stolen-simsiam",
         core=("datasetsteal", "archstolen", "losstype", "num_queries", "epochs", "seed"),
-        implied=runs.VICTIM_SETTINGS,
+        implied=victims.VICTIM_SETTINGS,
         choices={"losstype": STEAL_LOSSES},
         defaults={"dataset": "imagenet", "arch": "resnet50", "losstype": "mse", "num_queries": 50000}
         | {"query_order": "random", "temperaturesn": 1000.0, "useaug": True},
@@ -48,8 +49,8 @@ def make_parser() -> Parser:
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, runs.VictimChoice, QueryChoice, PictureChoice, Machine, Loading, Processes, LossChoice)
-    command.use(runs.Copy, {"archstolen": command.arch})
+    command.use_all(Data, victims.VictimChoice, QueryChoice, PictureChoice, Machine, Loading, Processes, LossChoice)
+    command.use(victims.Copy, {"archstolen": command.arch})
     loss = command.use(STEAL_LOSSES[command.losstype])
     command.use(Heads)
     use_large_recipe(command, batch_size=128)
@@ -68,16 +69,16 @@ def open_public(command: Command) -> tuple[Path, SimCLREncoder]:
     """The victim's file, and its encoder. UserError when the file is another than the flags say."""
     if command.victim is None:
         raise UserError("no victim: give --pretrained PATH of its checkpoint, in any layout of docs/checkpoints.md")
-    path = runs.find(command, "victim", "victim", {})
+    path = finding.find(command, "victim", "victim", {})
     checkpoint = read_checkpoint(path)
-    runs.check_named(checkpoint, path, command, {"dataset": "dataset"})
+    finding.check_named(checkpoint, path, command, {"dataset": "dataset"})
     arch = f"{command.arch}-imagenet" if "arch" in command.given else None
     if command.given.get("epochstrain") not in (None, checkpoint.get("epoch")):
         raise UserError(
             f"{path} was trained for {checkpoint.get('epoch', 'unknown')} epochs, not {command.epochstrain}: "
             f"leave out --epochstrain, or give another victim"
         )
-    return path, runs.encoder_of(checkpoint, path, arch)
+    return path, victims.encoder_of(checkpoint, path, arch)
 
 
 @script
@@ -92,14 +93,14 @@ def main() -> None:
     with seeded(machine.seed):
         model = build_copy(f"{command.archstolen}-imagenet", victim.dim, IMAGENET, input_size=command.size)
         heads = SimSiamHeads(victim.dim, command.out_dim) if loss.predictor else None
-    run = runs.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, path, encoder, record, precision)
     print(f"lr {recipe.lr:g}: --lr {command.lr:g} times --batch-size / 256; {recipe.optimizer}")
     trainer = SimCLR(model, loss, recipe, run, heads)
     trainer.first_epoch = max(trainer.first_epoch, command.start_epoch)
     trainer.steal(images, victim, command[Attack], labels)
-    print(f"copy: {runs.relative(run.checkpoint)}")
+    print(f"copy: {relative(run.checkpoint)}")
     shown = ("--modeltype", "stolen", "--stolen", run.folder, "--dataset", "cifar10", "--lars", "--lr", "1.0")
-    runs.say_next(command, "linsimsiam.py", *shown)
+    finding.say_next(command, "linsimsiam.py", *shown)
 
 
 if __name__ == "__main__":

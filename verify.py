@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import runs
 from data_aug.datasets import Data
 from evaluation.ownership import METHODS, OwnershipTest, dataset_of, measure_all, open_candidates
 from evaluation.verdict import add_verdict_rows, detection_rates, judge_all, verdict_lines, verdict_table
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from settings import Command, Parser, Settings, setting
+from training import finding
+from training.run import open_run
 from utils import UserError
 
 
@@ -67,12 +68,12 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     test, root = command[OwnershipTest], machine.checkpoint_dir
-    victim = runs.find(command, "victim", "victim", {})
+    victim = finding.find(command, "victim", "victim", {})
     suspects, independents = (
-        [runs.locate(path, root) for path in paths or ()] for paths in (command.suspect, command.independent)
+        [finding.locate(path, root) for path in paths or ()] for paths in (command.suspect, command.independent)
     )
     named = {"suspect": list(map(str, suspects)), "independent": list(map(str, independents))}
-    run = runs.open_run(command, runs.home_of(victim, root), precision, victim=str(victim), **named)
+    run = open_run(command, finding.home_of(victim, root), precision, victim=str(victim), **named)
     if run.done():
         print(*(f"{row['checkpoint']}: {row['verdict']}" for row in run.rows()), sep="\n")
         return
@@ -92,7 +93,7 @@ def main() -> None:
     }
     add_verdict_rows(run, test, candidates, more)
     run.finish()
-    runs.say_next(command, "detect.py", "--victim", victim, "--dataset", dataset)
+    finding.say_next(command, "detect.py", "--victim", victim, "--dataset", dataset)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-import runs
 from data_aug.datasets import DATASET_NAMES, check_name
 from models import USUAL, SimCLREncoder, arch_name, read_checkpoint
 from settings import Command, Settings, setting
+from training import finding
 from utils import UserError
 
 MODES = {"direct": "direct", "standard": "direct", "knockoff": "knockoff"}  # standard is the 2022 name of direct
@@ -53,10 +53,10 @@ def open_classifier(command: Command, victim: Path, encoder: SimCLREncoder) -> n
     if command.victimtype == "supervised":
         return encoder.backbone.fc
     wanted = {"modeltype": "victim", "dataset_test": command.dataset_test, "probe": "linear", "finetune": False}
-    home = runs.home_of(victim, command.checkpoint_dir)
+    home = finding.home_of(victim, command.checkpoint_dir)
     preferred = {"recipe": "standard", "seed": command.seed}
     try:
-        path = runs.find(command, "classifier", "linear", wanted, home, preferred=preferred)
+        path = finding.find(command, "classifier", "linear", wanted, home, preferred=preferred)
     except UserError as error:
         judge = f"python linear_eval.py --modeltype victim --victim {victim} --dataset-test {command.dataset_test}"
         raise UserError(f"{error} (`{judge}` trains one)") from None

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import runs
-from attacks import ATTACKS, Attack
+from attacks import ATTACKS, Attack, victims
 from attacks.queries import QueryChoice
 from defenses import DEFENCES, DefenceChoice, resolve_defences
 from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import ARCHITECTURES, USUAL, SimCLREncoder, arch_name, build_encoder, read_checkpoint
 from settings import Command, Setting, Settings, setting, settings_of
+from training import finding
 from training.objective import LossChoice
 from training.run import CHECKPOINT
 from utils import UserError, seeded
@@ -77,9 +77,9 @@ def _as_flag(declared: Setting) -> dataclasses.Field:
 
 def _sought() -> list[Sought]:
     both, copy = ("victim", "stolen"), ("stolen",)
-    of_copies = (runs.CopyChoice, Trained, runs.Copy, QueryChoice, Attack, DefenceChoice, *DEFENCES.values())
+    of_copies = (victims.CopyChoice, Trained, victims.Copy, QueryChoice, Attack, DefenceChoice, *DEFENCES.values())
     return [
-        *(Sought(owner, *both) for owner in (runs.VictimChoice, LossChoice, Watermarked)),
+        *(Sought(owner, *both) for owner in (victims.VictimChoice, LossChoice, Watermarked)),
         *(Sought(owner, *copy) for owner in of_copies),
         *(Sought(loss, *(both if name in TRAIN_LOSSES else copy)) for name, loss in LOSSES.items()),
     ]
@@ -122,21 +122,21 @@ def open_judged(command: Command) -> tuple[Path | None, dict, SimCLREncoder]:
     preferred = {name: command.given[name] for name in ("seed", "recipe") if name in command.given}
     root = None
     if kind == "stolen" and command.victim and not command.stolen:
-        root = runs.home_of(runs.find(command, "victim", "victim", {}), command.checkpoint_dir)
-    path = runs.find(command, kind, kind, wanted, root, preferred=preferred)
+        root = finding.home_of(finding.find(command, "victim", "victim", {}), command.checkpoint_dir)
+    path = finding.find(command, kind, kind, wanted, root, preferred=preferred)
     checkpoint = read_checkpoint(path)
-    runs.check_finished(checkpoint, path)
-    runs.check_named(checkpoint, path, command, named)
-    return path, checkpoint, runs.encoder_of(checkpoint, path, command.given.get("arch"))
+    finding.check_finished(checkpoint, path)
+    finding.check_named(checkpoint, path, command, named)
+    return path, checkpoint, victims.encoder_of(checkpoint, path, command.given.get("arch"))
 
 
 def open_owner(path: Path) -> tuple[SimCLREncoder, dict]:
     """A victim's encoder and its training settings. UserError for a copy or an unfinished victim."""
     checkpoint = read_checkpoint(path)
-    runs.check_finished(checkpoint, path)
+    finding.check_finished(checkpoint, path)
     if "query_digests" in checkpoint:
         raise UserError(f"{path} is a copy and may have been trained on these test images: give its victim")
-    return runs.encoder_of(checkpoint, path), checkpoint.get("settings", {})
+    return victims.encoder_of(checkpoint, path), checkpoint.get("settings", {})
 
 
 # ---- the encoders that a copy is compared with -----------------------------------------------------------------------
@@ -149,10 +149,10 @@ def victim_of(command: Command, copy: Path, checkpoint: dict) -> tuple[Path, Sim
     if version is None and not command.victim:  # a copy of the 2022 code
         raise UserError(f"{copy} does not say which victim it was stolen from: give --victim PATH")
     if command.victim:
-        path = runs.find(command, "victim", "victim", {})
+        path = finding.find(command, "victim", "victim", {})
     else:
         path = above if above.exists() else Path(checkpoint["settings"]["victim"])
-    encoder = runs.encoder_of(read_checkpoint(path), path)
+    encoder = victims.encoder_of(read_checkpoint(path), path)
     if version not in (None, version_of(encoder)):
         raise UserError(
             f"{path} is not the victim that this copy was stolen from, or was trained again: give --victim PATH"
@@ -168,8 +168,8 @@ def independent_of(command: Command, victim: Path, encoder: SimCLREncoder) -> tu
         with seeded(command.seed, "independent"):
             return "random", build_encoder(encoder.arch)
     settings = read_checkpoint(victim).get("settings", {})
-    there = runs.runs_below(command.checkpoint_dir, "victim")
-    path = runs.find(
+    there = finding.runs_below(command.checkpoint_dir, "victim")
+    path = finding.find(
         command,
         "independent",
         "victim",
@@ -178,5 +178,5 @@ def independent_of(command: Command, victim: Path, encoder: SimCLREncoder) -> tu
         preferred={name: settings.get(name) for name in ("losstype", "epochs")},
     )
     checkpoint = read_checkpoint(path)
-    runs.check_finished(checkpoint, path)
-    return str(path), runs.encoder_of(checkpoint, path)
+    finding.check_finished(checkpoint, path)
+    return str(path), victims.encoder_of(checkpoint, path)

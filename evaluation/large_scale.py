@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import runs
+from attacks import victims
 from data_aug.datasets import DATASET_NAMES
 from data_aug.images import Pictures, Streamed, Views, open_pictures, picture_name
 from evaluation.probes import top1_top5
@@ -15,6 +15,7 @@ from loss import TRAIN_LOSSES
 from models import LARGE, SimCLREncoder, large_arch_name, read_checkpoint
 from settings import Command, Settings, setting
 from simclr import SimCLR
+from training import finding
 from training.recipe import Recipe
 from training.represent import represent
 from training.run import Record, Run
@@ -78,24 +79,24 @@ def open_large(command: Command) -> tuple[Path, dict, SimCLREncoder]:
     if command.modeltype == "victim":
         if command.victim is None:
             raise UserError("no victim: give --pretrained PATH of its checkpoint (or --modeltype stolen)")
-        path = runs.find(command, "victim", "victim", {})
+        path = finding.find(command, "victim", "victim", {})
         checkpoint = read_checkpoint(path)
         if command.epochstrain not in (None, checkpoint.get("epoch")):
             epochs = checkpoint.get("epoch", "unknown")
             raise UserError(f"{path} was trained for {epochs} epochs, not {command.epochstrain}")
     else:
         if command.victim and not command.stolen:
-            root = runs.home_of(runs.locate(command.victim, root), root)
+            root = finding.home_of(finding.locate(command.victim, root), root)
         wanted = {of_run: command.given[name] for name, of_run in named.items()}
         preferred = {"seed": command.given["seed"]} if "seed" in command.given else {}
-        path = runs.find(command, "stolen", "stolen-simsiam", wanted, root, preferred=preferred)
+        path = finding.find(command, "stolen", "stolen-simsiam", wanted, root, preferred=preferred)
         checkpoint = read_checkpoint(path)
-        runs.check_finished(checkpoint, path)
-        runs.check_named(checkpoint, path, command, named)
+        finding.check_finished(checkpoint, path)
+        finding.check_named(checkpoint, path, command, named)
     return (
         path,
         checkpoint,
-        runs.encoder_of(checkpoint, path, f"{command.arch}-imagenet" if "arch" in command.given else None),
+        victims.encoder_of(checkpoint, path, f"{command.arch}-imagenet" if "arch" in command.given else None),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-import runs
+from attacks import victims
 from data_aug.datasets import check_name, load_dataset, take_balanced, unlabelled_split
 from defenses.dataset_inference import COMPONENTS, halves, log_likelihoods
 from defenses.watermark import check_width, read_watermark, watermark_scores
@@ -15,6 +15,7 @@ from evaluation.test_images import load_test
 from loss import TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
 from settings import Command, Settings, setting
+from training import finding
 from training.represent import represent
 from training.run import Record
 from utils import Precision, UserError
@@ -88,8 +89,8 @@ def open_candidates(victim: Path, suspects: Sequence[Path], independents: Sequen
     for kind, path in paths:
         checkpoint = read_checkpoint(path)
         if kind != "suspect":  # a thief may have stopped early
-            runs.check_finished(checkpoint, path)
-        candidates.append(Candidate(kind, path, checkpoint, runs.encoder_of(checkpoint, path)))
+            finding.check_finished(checkpoint, path)
+        candidates.append(Candidate(kind, path, checkpoint, victims.encoder_of(checkpoint, path)))
     stolen_from = version_of(candidates[0].encoder)
     for candidate in candidates:
         versions = version_of(candidate.encoder), candidate.checkpoint.get("stolen_from")

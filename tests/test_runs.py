@@ -10,8 +10,10 @@ import yaml
 
 import run
 import runs
-from runs import VictimChoice, home_of, locate
+from attacks.victims import VictimChoice
 from settings import Parser
+from training import finding
+from training.finding import check_finished, home_of, locate
 from training.run import Record, run_name
 from utils import UserError
 
@@ -62,11 +64,11 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def find(tmp_path):
-    """`runs.find` of a victim below the test's folder, by a command line."""
+    """`finding.find` of a victim below the test's folder, by a command line."""
 
     def found(line="", wanted=None, **options):
         command = Parser("test", [VictimChoice], kind="x").parse(line.split())
-        return runs.find(command, "victim", "victim", wanted or {}, tmp_path, **options)
+        return finding.find(command, "victim", "victim", wanted or {}, tmp_path, **options)
 
     return found
 
@@ -156,10 +158,10 @@ def test_locate_takes_paths_folders_and_names(tmp_path):
 
 
 def test_interrupted_runs_are_refused_and_files_of_2022_are_not(tmp_path):
-    runs.check_finished({"epoch": 200, "arch": "resnet34"}, tmp_path)
-    runs.check_finished({"epoch": 2, "settings": {"epochs": 2}}, tmp_path)
+    check_finished({"epoch": 200, "arch": "resnet34"}, tmp_path)
+    check_finished({"epoch": 2, "settings": {"epochs": 2}}, tmp_path)
     with pytest.raises(UserError, match="stopped after epoch 1 of 2"):
-        runs.check_finished({"epoch": 1, "settings": {"epochs": 2}}, tmp_path)
+        check_finished({"epoch": 1, "settings": {"epochs": 2}}, tmp_path)
 
 
 def test_a_records_figures_count_an_image_once_whichever_accounts_asked():

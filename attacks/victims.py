@@ -1,0 +1,126 @@
+"""Which victim is attacked and which copy is meant: their flags, and the encoders that these name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_aug.datasets import DATASET_NAMES, check_name
+from loss import TRAIN_LOSSES
+from models import ARCHITECTURES, USUAL, SimCLREncoder, arch_name, read_checkpoint
+from models.checkpoint import encoder_from_checkpoint
+from settings import Command, Settings, setting
+from training.finding import check_finished, check_named, find, home_of, say_next
+from training.run import Record, Run, open_run
+from utils import Precision
+from victim import version_of
+
+# Settings of a victim's run by which a copy's own flags name it.
+VICTIM_SETTINGS = {"dataset": "dataset", "arch": "arch", "epochstrain": "epochs", "lossvictim": "losstype"}
+
+
+@dataclass(frozen=True)
+class VictimChoice(Settings):
+    """Which victim: its checkpoint, its run, or what it was trained with."""
+
+    dataset: str = setting(
+        "cifar10",
+        f"data set that the victim was trained on: {DATASET_NAMES}",
+        read=check_name,
+        flags=("-dataset", "--dataset"),
+        otherwise="the victim's, else cifar10",
+        title="data",
+    )
+    victim: Path | None = setting(
+        None,
+        "the victim's checkpoint, run folder or run name, or its number in the list of those that fit "
+        "(default: the one that fits the flags given)",
+        named=False,
+    )
+    arch: str = setting(
+        "resnet34",
+        f"the victim's architecture: {USUAL}",
+        read=arch_name,
+        flags=("-a", "--arch"),
+        otherwise="the victim's",
+    )
+    epochstrain: int = setting(200, "epochs the victim was trained for", at_least=1, otherwise="the victim's")
+    lossvictim: str = setting(
+        "infonce", "loss the victim was trained with", choices=TRAIN_LOSSES, otherwise="the victim's"
+    )
+    title = "victim"
+
+
+@dataclass(frozen=True)
+class CopyChoice(Settings):
+    """Which copy; linear_eval.py finds it by any settings of the attack, the loss, the defence and `Copy` too."""
+
+    stolen: Path | None = setting(
+        None,
+        "the copy's checkpoint, run folder or run name, or its number in the list of those that fit "
+        "(default: the one that fits the flags given)",
+        named=False,
+    )
+    title = "encoder"
+
+
+@dataclass(frozen=True)
+class Copy(Settings):
+    """What a copy is, and what its victim sells."""
+
+    archstolen: str = setting(
+        "resnet34", f"the copy's architecture: {USUAL}", read=arch_name, otherwise="the attack's, else resnet34"
+    )
+    victimhead: bool = setting(False, "the victim sells projections instead of representations")
+    stolenhead: bool = setting(False, "the copy matches the answers through a head of its own")
+    watermark: bool = setting(False, "steal a watermarked victim, and test the copy for the mark")
+    title = "copy"
+
+
+def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimCLREncoder:
+    """The encoder of a checkpoint that was read; prints what a file that no run here wrote was taken for."""
+    encoder = encoder_from_checkpoint(checkpoint, str(path), arch)
+    if "settings" not in checkpoint:
+        print(f"{path}: {encoder.report}")
+    return encoder
+
+
+def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREncoder]:
+    """The victim that the flags given name: its path, its checkpoint and the encoder.
+
+    Settles the data set, architecture, epochs and loss by the file. `wanted` are further settings of its run.
+    UserError when flags and file differ.
+    """
+    flags = {name: setting for name, setting in VICTIM_SETTINGS.items() if name in command.given}
+    flags |= {"watermark": "watermark"} if "watermark" in command.given else {}
+    wanted = {**{setting: command.given[name] for name, setting in flags.items()}, **wanted}
+    preferred = {"seed": command.given["seed"]} if "seed" in command.given else {}
+    path = find(command, "victim", "victim", wanted, preferred=preferred)
+    checkpoint = read_checkpoint(path)
+    check_finished(checkpoint, path)
+    check_named(
+        checkpoint, path, command, {name: setting for name, setting in VICTIM_SETTINGS.items() if name != "arch"}
+    )
+    encoder = encoder_of(checkpoint, path, command.given.get("arch"))
+    known = checkpoint.get("settings", {})
+    settled = {name: known[setting] for name, setting in VICTIM_SETTINGS.items() if setting in known}
+    command.set(**{**settled, "arch": encoder.arch})
+    return path, checkpoint, encoder
+
+
+def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Record, precision: Precision) -> Run:
+    """The run of an attack, below its victim's; prints what is done."""
+    run = open_run(command, home_of(victim, command.checkpoint_dir), precision, victim=str(victim))
+    record.stolen_from = version_of(encoder)
+    run.record = record
+    queried, split = record.query_set, record.query_set["split"]
+    print(f"copy: {command.archstolen}, {queried['images']} images of {queried['dataset']} ({split}), {precision}")
+    print(command.line())
+    return run
+
+
+def say_steal(command: Command, victim: Path, encoder: SimCLREncoder, dataset: str, *words: str) -> None:
+    """As `say_next`: steal this victim by queries from another data set than it was trained on."""
+    queries = ("--datasetsteal", "textures" if dataset == "shapes" else "svhn")
+    copy = ("--archstolen", encoder.arch) if encoder.arch in ARCHITECTURES else ()
+    say_next(command, "steal.py", "--victim", victim, *copy, *queries, "--losstype", "mse", *words)

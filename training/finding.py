@@ -1,0 +1,163 @@
+"""Finding what earlier runs made: by path, by a run's name, or by the settings that a command line gives."""
+
+import contextlib
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from settings import Command
+from training.run import CHECKPOINT, plain, relative
+from utils import UserError
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+def home_of(checkpoint: Path, root: Path) -> Path:
+    """Parent folder for runs derived from this encoder: its run folder, or `root/<name>-<hash>` for other files."""
+    if (checkpoint.parent / "config.yml").exists():
+        return checkpoint.parent
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return root / f"{checkpoint.absolute().name.split('.')[0]}-{digest.hexdigest()[:8]}"
+
+
+def locate(path: Path, root: Path) -> Path:
+    """The checkpoint, or another library's folder, of a path or of a run's name below `root`.
+
+    UserError when several runs have that name; a path that is nowhere comes back as it is.
+    """
+    if path.is_file() or (path.is_dir() and not (path / CHECKPOINT).exists()):
+        return path
+    places = [path] if path.is_dir() else [root / path, *root.rglob(path.name)]
+    files = {place / CHECKPOINT for place in places if place.parts[-len(path.parts) :] == path.parts}
+    found = sorted(file for file in files if file.exists())
+    if len(found) > 1:
+        raise UserError(f"several runs are named {path}: {', '.join(map(str, found))}: give the path of one")
+    return found[0] if found else path
+
+
+def named(checkpoint: Path) -> Path:
+    """How commands and messages name an encoder: by its run's folder, where it is a run of this project."""
+    of_run = checkpoint.name == CHECKPOINT and (checkpoint.parent / "config.yml").exists()
+    return checkpoint.parent if of_run else checkpoint
+
+
+def runs_below(root: Path, kind: str | None = None) -> dict[Path, dict]:
+    """The checkpoints of finished or unfinished runs of a kind (None: all), with their settings; oldest first."""
+    found = {}
+    for config in sorted(root.rglob("config.yml"), key=lambda path: (path.stat().st_mtime, path)):
+        content, checkpoint = _read_config(config), config.parent / CHECKPOINT
+        if content.get("kind") in ({kind} if kind else {"victim", "stolen", "stolen-simsiam"}) and checkpoint.exists():
+            found[checkpoint] = content.get("settings") or {}
+    return found
+
+
+def _read_config(path: Path) -> dict:
+    """A run's config.yml; empty for a file of that name that is something else."""
+    content = None
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
+        content = yaml.safe_load(path.read_text())
+    return content if isinstance(content, dict) else {}
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find(
+    command: Command,
+    flag: str,
+    kind: str,
+    wanted: Mapping[str, Any],
+    root: Path | None = None,
+    besides: Path | None = None,
+    preferred: Mapping[str, Any] | None = None,
+) -> Path:
+    """The checkpoint that --`flag` names, or the run of that kind below `root` that has the settings wanted.
+
+    `flag` may be a path, a run's name, or a number in the list of the runs that fit. Settings that are only `preferred`
+    decide between several that fit. `besides` is left out. What is taken is printed; UserError when none fits,
+    or when several do: they are listed, numbered, with what differs.
+    """
+    root = root or command.checkpoint_dir
+    given = getattr(command, flag)
+    number = int(str(given)) if given is not None and str(given).isdigit() and not Path(given).exists() else None
+    if given is not None and number is None:
+        path = locate(Path(given), root)
+        print(f"{kind}: {relative(named(path))}")
+        return path
+    there = {path: settings for path, settings in runs_below(root, kind).items() if path != besides}
+    fitting = {path: settings for path, settings in there.items() if _fits(settings, wanted)}
+    for name, value in (preferred or {}).items():
+        fitting = {path: known for path, known in fitting.items() if _fits(known, {name: value})} or fitting
+    asked = "".join(f" {name} {plain(value)}" for name, value in wanted.items())
+    spelled = command.parser.settings[flag].flag
+    if not fitting:
+        listed = "; ".join(str(relative(path.parent)) for path in list(there)[-5:]) or "none"
+        raise UserError(
+            f"no {kind} encoder{' with' * bool(asked)}{asked} in {root}; there: {listed}; or give {spelled} PATH"
+        )
+    if number is not None and not 1 <= number <= len(fitting):
+        raise UserError(f"{spelled} {number}: {len(fitting)} {kind} encoders fit{asked}, give a number up to that")
+    if number is None and len(fitting) > 1:
+        raise UserError(
+            f"{len(fitting)} {kind} encoders fit{asked}, choose by {spelled} NUMBER: {_differences(list(fitting))}"
+        )
+    path = list(fitting)[(number or 1) - 1]
+    print(f"{kind}: {relative(named(path))}")
+    return path
+
+
+def _fits(settings: Mapping, wanted: Mapping) -> bool:
+    """Whether a run has these settings; a switch that was not in force counts as off."""
+
+    def known(value: Any) -> Any:
+        return None if value is False else plain(value)
+
+    return all(known(settings.get(name)) == known(value) for name, value in wanted.items())
+
+
+def _differences(paths: Sequence[Path]) -> str:
+    """The runs in a numbered list, each by the parts of its name that not all have, or by its folder."""
+    parts = [path.parent.name.split("-") for path in paths]
+    common = set.intersection(*map(set, parts))
+    short = [" ".join(part for part in words if part not in common) for words in parts]
+    if len(set(short)) < len(short):
+        short = [str(relative(path.parent)) for path in paths]
+    return "; ".join(f"{number}) {words}" for number, words in enumerate(short, 1))
+
+
+def check_finished(checkpoint: Mapping, path: Path) -> None:
+    """UserError when a run that was interrupted wrote the checkpoint; files of the 2022 code count as finished."""
+    wanted = checkpoint.get("settings", {}).get("epochs", checkpoint.get("epoch"))
+    if checkpoint.get("epoch") != wanted:
+        raise UserError(
+            f"{path} stopped after epoch {checkpoint['epoch']} of {wanted}: run the command that made it with --resume"
+        )
+
+
+def check_named(checkpoint: Mapping, path: Path, command: Command, named: Mapping[str, str]) -> None:
+    """UserError when the checkpoint has another setting than a given flag names.
+
+    `named` maps flags to settings; a file of the 2022 code has none and passes.
+    """
+    for flag, name in named.items():
+        known, value = checkpoint.get("settings", {}).get(name), command.given.get(flag)
+        if flag in command.given and known is not None and known != plain(value):
+            spelled = command.parser.settings[flag].flag
+            raise UserError(f"{path} was trained with {name} {known}, not {value}: give {spelled} {known}")
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def say_next(command: Command, script_name: str, *words: str | Path) -> None:
+    """Print the command that comes next, ready to paste, with the data root and the root of runs of this one."""
+    common = {"data": "-data", "checkpoint_dir": "--checkpoint-dir"}
+    more = [str(word) for name, flag in common.items() if name in command.given for word in (flag, command.given[name])]
+    shown = [str(relative(named(word))) if isinstance(word, Path) else word for word in words]
+    print(f"next: python {script_name} {shlex.join([*shown, *more])}")
