@@ -154,12 +154,13 @@ class SimCLR(Loop):
         count = self._check_attack(images, victim, attack, labels, refine is not None)
         if not self.start():
             return
-        if released:  # answers of earlier epochs are not asked again, nor kept: what is known of them is their record
+        if released:  # of the queries of earlier epochs only the record is kept
             victim.ledger.load_state_dict(self.run.record.ledger if self.resumed else {})
         self.run.record.victim_version = victim.version
-        keep = None if released else self.run.folder / f"answers-{victim.version}"
 
         def ask(epoch: int = 0) -> Answers:
+            keep = self.run.folder / f"queries-{victim.version}-{epoch}"
+            self._forget_answers(keep)
             return self._buy(victim, images, attack, count, epoch, keep).to(self.device, refine)
 
         bought = None if released else ask()
@@ -185,6 +186,8 @@ class SimCLR(Loop):
     ) -> int:
         """How many of the images the attack asks about. UserError for what cannot work, before anything is paid for."""
         attack.check(self.loss)
+        if self.run.resume and any(self.run.folder.glob("answers-*")):
+            raise UserError(f"{self.run.folder} has answers kept by an earlier version: drop --resume")
         if self.recipe.recipe == "released" and (attack.max_coverage is not None or attack.restore):
             raise UserError("--max-coverage and --restore take all answers together: leave out --recipe released")
         count = len(images)
@@ -217,15 +220,14 @@ class SimCLR(Loop):
         """Where this process's images stand in the batch."""
         return torch.arange(len(batch.index), device=self.device)[share(len(batch.index))]
 
-    def _buy(
-        self, victim: AnyVictim, images: Images, attack: Attack, count: int, epoch: int, keep: Path | None
-    ) -> Answers:
+    def _buy(self, victim: AnyVictim, images: Images, attack: Attack, count: int, epoch: int, keep: Path) -> Answers:
         """Buy what the attack says, enter it in the record that every checkpoint has, and say what it cost."""
         draws = generator(self.recipe.seed, "query views", epoch)
         stored = isinstance(images, Stored)
         client = Client(victim, keep, attack.repeat, np.float32 if stored else np.float16)
         bought = buy(client, images.to(CPU), attack, count, draws, lambda: self._features(images))
         asked = torch.cat([*bought.sources.values()]).unique()  # also images whose answers were thrown away
+        asked = asked[asked >= 0]
         record = self.run.record
         if record.query_indices is not None and len(asked) < len(record.query_indices):
             record.query_indices = record.query_indices[asked]

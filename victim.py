@@ -53,6 +53,17 @@ def unpack_digests(digests: Tensor) -> list[bytes]:
     return [bytes(row) for row in digests.view(-1, 16).numpy()]
 
 
+def check_query(images: Tensor) -> None:
+    """ValueError for what is not a query: images (B, 3, H, W), uint8 or float in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        kind = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise ValueError(f"a query is of images (B, 3, H, W), uint8 or float in [0, 1], not {kind}")
+    # Written so that a number that is not a number fails too.
+    if images.is_floating_point() and images.numel() and not (images.amin() >= 0 and images.amax() <= 1):
+        low, high = images.amin().item(), images.amax().item()
+        raise ValueError(f"float images are in [0, 1], these are from {low:g} to {high:g}: divide by 255")
+
+
 def version_of(network: nn.Module) -> str:
     """A name for a network's weights: 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
@@ -233,10 +244,12 @@ class Victim:
     def query(self, images: Tensor, account: str = "default", gather: Gather | None = None) -> Tensor:
         """Answers (B, dim), float32 on the victim's device, to images (B, 3, H, W), uint8 or float in [0, 1].
 
-        BudgetExceeded when the budget does not cover all of them; then none is answered or recorded. In a job of
+        BudgetExceeded when the budget does not cover all of them, ValueError for other tensors or numbers; then none is
+        answered or recorded. In a job of
         several processes each of them asks about its share of a call's images, and `gather` brings the rows of all
         shares together: every process gets all answers, and the ledgers agree.
         """
+        check_query(images)
         gather = gather or (lambda rows: rows)
         digests = unpack_digests(gather(digest_tensor(images)))
         asked = self.ledger.queries

@@ -34,6 +34,9 @@ def ask_as_sybils(client: Client, sent: Images, sources: Tensor, sybils: int, sh
             reference = answers[:shared]
             parts.append(answers)
             continue
+        if answers[:shared].isnan().any():  # lost, and beyond the budget: nothing says how to map the others
+            parts.append(torch.full((len(others), reference.shape[1]), torch.nan))
+            continue
         mapped, error = align(answers[:shared], reference, answers[shared:])
         found.append(f"account {number + 1} maps to account 1 with {100 * error:.1f} % of the variance unexplained")
         parts.append(mapped)
@@ -95,9 +98,12 @@ def ask_within(
         closeness = F.cosine_similarity(guess, centre[None]).masked_fill(~left, -torch.inf)
         chosen = closeness.topk(min(step, count - len(index))).indices
         new = client.ask(images[chosen], chosen)
-        occupied = table.add(new)[-1].item()
+        bought = ~new.isnan().any(dim=1)  # after a loss the budget may end earlier
+        if not bought.any():
+            break
+        occupied = table.add(new[bought])[-1].item()
         left[chosen] = False
-        index, answers = torch.cat([index, chosen]), torch.cat([answers, new])
+        index, answers = torch.cat([index, chosen[bought]]), torch.cat([answers, new[bought]])
     return index, answers, f"{len(index)} of {count} images queried, the attacker's hash table {occupied:.2f} % full"
 
 
@@ -119,10 +125,7 @@ def restore_answers(bought: Answers) -> Answers:
     mean = whole.sum(dim=0) / good.sum(dim=0).clamp_min(1)[:, None]
     whole = torch.where(good[..., None], whole, mean)[:, keep].flatten(0, 1)
     words = f"{(~good).sum().item()} of {good.numel()} answers were replaced, {images - keep.sum().item()} images lost"
-    kept = bought.images[keep.nonzero()[:, 0]]
-    sent = bought.sent[keep.repeat(len(good)).nonzero()[:, 0]]
-    findings = [*bought.findings, words, found]
-    return Answers(bought.index[keep], kept, sent, whole, bought.attack, bought.sources, findings)
+    return bought.only(keep, whole, words, found)
 
 
 def replaced(answers: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attacks import Attack
+from attacks.records import Kept
 from data_aug.augment import ViewDraws, apply_views, draw_views, rows_of
 from data_aug.datasets import to_float
 from data_aug.images import Batch, Images, send
@@ -25,7 +25,7 @@ class Answers:
     index: Tensor
     images: Images
     sent: Images
-    rows: Tensor | np.memmap
+    rows: Tensor | Kept
     attack: Attack
     sources: dict[str, Tensor] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
@@ -86,6 +86,21 @@ class Answers:
 
     def targets(self, rows: Tensor, device: torch.device) -> Tensor:
         """The answers (R, D), float32 on the device, in these rows (R,)."""
-        if isinstance(self.rows, Tensor):
-            return self.rows[rows]
-        return send(torch.from_numpy(self.rows[rows.cpu().numpy()].astype(np.float32)), device)
+        answers = self.rows[rows]
+        return answers if isinstance(self.rows, Tensor) else send(answers, device)
+
+    def only(self, keep: Tensor, rows: Tensor | Kept, *findings: str) -> "Answers":
+        """The answers to the images that are to be kept (M,), with the rows that these have."""
+        sent_too = self.sent is self.images
+        images = self.images[keep.nonzero()[:, 0]]
+        sent = images if sent_too else self.sent[keep.repeat(len(self.sent) // len(self)).nonzero()[:, 0]]
+        return Answers(self.index[keep], images, sent, rows, self.attack, self.sources, [*self.findings, *findings])
+
+    def without_losses(self) -> "Answers":
+        """Without the images that have no answer, or not to all their views: see `Client.ask`."""
+        stored = isinstance(self.rows, Tensor)
+        there = ~self.rows.isnan().any(dim=1) if stored else self.rows.records >= 0
+        keep = there.view(-1, len(self)).all(dim=0)
+        of_these = keep.repeat(len(there) // len(self))
+        rows = self.rows[of_these] if stored else Kept(self.rows.answers, self.rows.records[of_these])
+        return self.only(keep, rows, f"{(~keep).sum()} images are left out: their answers were lost in a stop")

@@ -1,7 +1,8 @@
-"""The attacker's side of the API: asks in batches, and keeps every answer as it arrives."""
+"""The attacker's side of the API: asks in batches, and keeps a record of every query from before it is sent."""
 
-import os
-from collections.abc import Iterator
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attacks.records import Kept, QueryFile
 from data_aug.images import Images
 from jobs.ending import Stopped, deferred, received
 from jobs.exchange import any_of, barrier, gather, share
-from utils import first_process, quiet
-from victim import AnyVictim, digest_tensor
+from utils import UserError, quiet
+from victim import AnyVictim, digest_tensor, pack_digests, unpack_digests
 
 CPU = torch.device("cpu")  # digests are taken there; the victim moves images to its device
 
 
 class Client:
-    """Asks a victim about images, `repeat` times each, and keeps every answer in the file `keep`.
+    """Asks a victim about images, `repeat` times each, and keeps every query in the file `keep`.
 
-    The file has a record for each query, in the order of asking: the image's digest, and the answer in `dtype`. What an
-    earlier, killed attack already paid for is read back from it instead of being asked again: ask the same in the same
-    order. Answers in float16, unless they are means, are not read into memory. Of a job's processes each asks about its
+    A record of the file has the image's digest, the account, the number of the call, and the answer in `dtype`. It is
+    written before the victim is asked, and the answer is filled in afterwards. When a killed attack goes on, the
+    ledger has all that was asked, and answers are found by the digests of the images: what was answered is not asked
+    again. An answer that was lost in the kill is asked for again as far as the victim's budget allows; `lost` counts
+    them. Answers in float16, unless they are means, are not read into memory. Of a job's processes each asks about its
     share of a batch, and rank 0 writes.
     """
 
@@ -35,86 +39,143 @@ class Client:
         dtype: type[np.floating] = np.float32,
         batch_size: int = 512,
     ):
-        self.victim, self.keep, self.repeat, self.batch_size = victim, keep, repeat, batch_size
-        self.queries = 0
-        self._sources: dict[str, list[Tensor]] = {}
-        self.layout = np.dtype([("digest", np.uint8, 16), ("answer", dtype, victim.dim)])
+        self.victim, self.repeat, self.batch_size = victim, repeat, batch_size
+        self.file = QueryFile(keep, victim.dim, dtype)
         self.mapped = keep is not None and dtype is np.float16 and repeat == 1
-        self.paid = np.empty(0, self.layout)
-        if keep and keep.exists():
-            whole = keep.stat().st_size // self.layout.itemsize
-            if first_process():
-                os.truncate(keep, whole * self.layout.itemsize)  # a record cut off by a kill
-            self.paid = np.memmap(keep, self.layout, "r", shape=whole) if whole else self.paid
+        earlier = self.file.earlier
+        self.queries, self.lost = len(earlier), int((~earlier["answered"]).sum())
+        self._answered = earlier["answered"]
+        # Until a record's image comes again, its query is of no known image: it has a negative number.
+        self._source = -1 - torch.arange(self.queries)
+        self._new: dict[str, list[Tensor]] = defaultdict(list)  # the sources of this process's queries
+        self._accounts = [name.decode() for name in earlier["account"].tolist()]
+        digests = unpack_digests(torch.from_numpy(earlier["digest"].copy()))
+        self._left: dict[tuple[str, bytes], deque[int]] = defaultdict(deque)
+        for record, key in enumerate(zip(self._accounts, digests, strict=True)):
+            self._left[key].append(record)
+        calls = earlier["call"].tolist()
+        groups = (list(group) for _, group in itertools.groupby(range(self.queries), calls.__getitem__))
+        self._calls = deque((self._accounts[rows[0]], [digests[row] for row in rows]) for rows in groups)
+        self._next_call = calls[-1] + 1 if calls else 0
+        while self._calls and not victim.stateful:
+            account, asked = self._calls.popleft()
+            victim.replay(pack_digests(asked), account)
         barrier()  # nobody adds to the file before all have seen the same
 
     @property
     def sources(self) -> dict[str, Tensor]:
-        """For each account, the image index of each of its queries, in the order of asking."""
-        return {account: torch.cat(parts) for account, parts in self._sources.items()}
+        """For each account, the image index of each of its queries, in the order of asking.
 
-    def ask(self, images: Images, sources: Tensor, account: str = "default") -> Tensor | np.memmap:
+        A query of an earlier process about an image that was not asked about again has a negative number.
+        """
+        earlier = np.array(self._accounts)
+        names = dict.fromkeys([*self._accounts, *self._new])
+        return {name: torch.cat([self._source[torch.from_numpy(earlier == name)], *self._new[name]]) for name in names}
+
+    def ask(self, images: Images, sources: Tensor, account: str = "default") -> Tensor | Kept:
         """The mean answers (N, D) to N images, which are views of the images of these indices (N,).
 
-        float32 on the CPU, or the mapped file's float16. Stopped when a signal came: the answers so far are kept.
+        float32 on the CPU, or `Kept` in the file. After a loss the last answers may be missing, because the budget does
+        not cover them: these rows are NaN. Stopped when a signal came: the answers so far are kept.
         """
-        total = self._ask(images, account)
+        total = self._ask(images, sources, account)
         for _ in range(self.repeat - 1):
-            total = total + self._ask(images, account)
-        self._sources.setdefault(account, []).extend([sources] * self.repeat)
+            total = total + self._ask(images, sources, account)
         return total / self.repeat if self.repeat > 1 else total
 
-    def _ask(self, images: Images, account: str) -> Tensor | np.memmap:
+    def _ask(self, images: Images, sources: Tensor, account: str) -> Tensor | Kept:
         """The answers to each image, asked once."""
-        first, count = self.queries, len(images)
-        rows = None if self.mapped else torch.empty(count, self.victim.dim)
-        with tqdm(total=count, unit="query", disable=quiet(), leave=False) as bar, deferred():
-            for answers in self._answers(images, account):
-                done = self.queries - first
+        records = self._find(images, sources, account)
+        found = (records >= 0).nonzero()[:, 0]
+        missing = self._affordable((records < 0).nonzero()[:, 0])
+        rows = None if self.mapped else torch.full((len(images), self.victim.dim), torch.nan)
+        if rows is not None and len(found):
+            rows[found] = self.file.kept(records)[found]
+        batches = missing.split(self.batch_size) if len(missing) else []
+        with tqdm(total=len(missing), unit="query", disable=quiet(), leave=False) as bar, deferred():
+            for batch in images.batches(batches, CPU, share=share):
+                first = self.queries
+                answers = self._query(batch.images, len(batch.index), account)
+                self._new[account].append(sources[batch.index])
+                records[batch.index] = torch.arange(first, self.queries)
                 if rows is not None:
-                    rows[done - len(answers) : done] = answers
+                    rows[batch.index] = answers
                 bar.update(len(answers))
+                if any_of(received() is not None):
+                    raise Stopped(
+                        f"stopped by {received()}: {self.queries} answers are kept, --resume goes on from them"
+                    )
         if rows is not None:
             return rows
         barrier()  # rank 0 has written all of the file
-        if not count:
-            return np.empty((0, self.victim.dim), np.float16)
-        return np.memmap(self.keep, self.layout, "r", shape=first + count)["answer"][first:]
+        return self.file.kept(records)
 
-    def _answers(self, images: Images, account: str) -> Iterator[Tensor]:
-        """The answers (B, D), float32 on the CPU, batch by batch: first those that are paid for, then the others."""
-        paid = self.paid[self.queries : self.queries + len(images)]
-        yield from self._replay(paid, images, account)
-        for batch in images.batches(self._batches(len(paid), len(images)), CPU, share=share):
-            total = len(batch.index)
+    def _affordable(self, missing: Tensor) -> Tensor:
+        """Of the images whose answers are missing, those to ask about. UserError where these are other images."""
+        if not self._answered.size:
+            return missing
+        if len(missing) and self._calls:
+            raise UserError(
+                "the images have changed since the attack was stopped, and a defence that remembers queries cannot be "
+                "brought back to where it was: restore the images, or leave out --resume to pay anew"
+            )
+        budget = self.victim.budget
+        room = len(missing) if budget is None else budget - self.victim.ledger.queries
+        if len(missing) - room > self.lost:
+            raise UserError(
+                f"{len(missing)} of the images were not asked about before the attack was stopped, and its budget has "
+                f"{room} queries left: restore the images, or leave out --resume to pay anew"
+            )
+        return missing[:room]
 
-            def together(rows: Tensor, total: int = total) -> Tensor:
-                return gather(rows, total)
+    # ---- queries of an earlier process ----
 
-            answers = self.victim.query(batch.images, account, together).cpu()
-            self._write(together(digest_tensor(batch.images)), answers)
-            self.queries += total
-            yield answers
-            if any_of(received() is not None):
-                raise Stopped(f"stopped by {received()}: {self.queries} answers are kept, --resume goes on from them")
+    def _find(self, images: Images, sources: Tensor, account: str) -> Tensor:
+        """The records (N,) that have the answers to these images; -1 where there is none."""
+        records = torch.full((len(images),), -1)
+        if not self._left:
+            return records
+        digests: list[bytes] = []
+        for batch in images.batches(torch.arange(len(images)).split(self.batch_size), CPU, share=share):
+            digests += unpack_digests(gather(digest_tensor(batch.images), len(batch.index)))
+        self._replay(images, digests, account)
+        for row, digest in enumerate(digests):
+            queue = self._left.get((account, digest), deque())
+            while queue and records[row] < 0:
+                record = queue.popleft()
+                self._source[record] = sources[row]
+                records[row] = record if self._answered[record] else -1
+            if not queue:
+                self._left.pop((account, digest), None)
+        return records
 
-    def _batches(self, start: int, stop: int) -> list[Tensor]:
-        return [*torch.arange(start, stop).split(self.batch_size)] if start < stop else []
+    def _replay(self, images: Images, digests: Sequence[bytes], account: str) -> None:
+        """Show a victim that remembers its next calls again, as far as they were about these images."""
+        row_of = {digest: row for row, digest in enumerate(digests)}
+        while self._calls and self._calls[0][0] == account and row_of.keys() >= set(self._calls[0][1]):
+            _, asked = self._calls.popleft()
+            again = next(iter(images.batches([torch.tensor([row_of[digest] for digest in asked])], CPU)))
+            self.victim.replay(pack_digests(asked), account, again.images)
 
-    def _replay(self, paid: np.ndarray, images: Images, account: str) -> Iterator[Tensor]:
-        """The answers that an earlier process paid for; a stateful victim sees their images again."""
-        parts = self._batches(0, len(paid))
-        again = (batch.images for batch in images.batches(parts, CPU)) if self.victim.stateful else [None] * len(parts)
-        for part, seen in zip(parts, again, strict=True):
-            records = paid[part.numpy()]
-            self.victim.replay(torch.from_numpy(records["digest"].copy()), account, seen)
-            self.queries += len(part)
-            yield torch.from_numpy(records["answer"].astype(np.float32))
+    # ---- a query ----
 
-    def _write(self, digests: Tensor, answers: Tensor) -> None:
-        if self.keep and first_process():
-            records = np.empty(len(answers), self.layout)
-            limit = np.finfo(records["answer"].dtype).max  # what a defence exaggerates may not fit float16
-            records["digest"], records["answer"] = digests.numpy(), answers.numpy().clip(-limit, limit)
-            with self.keep.open("ab") as file:
-                file.write(records.tobytes())
+    def _query(self, local: Tensor, total: int, account: str) -> Tensor:
+        """The answers (B, D), float32 on the CPU, to a batch of which this process has the images `local`."""
+
+        def together(rows: Tensor) -> Tensor:
+            return gather(rows, total)
+
+        records = self.file.new(together(digest_tensor(local)).numpy(), account, self._next_call)
+        asked = self.victim.ledger.queries
+        try:
+            self.file.write(records, self.queries)
+            answers = self.victim.query(local, account, together).cpu()
+        except BaseException:
+            if self.victim.ledger.queries == asked:  # it was not answered, and not counted
+                self.file.withdraw(self.queries)
+            raise
+        self.file.answer(records, answers)
+        self.file.write(records, self.queries)
+        self.queries += total
+        self._next_call += 1
+        return answers

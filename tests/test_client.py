@@ -1,13 +1,21 @@
 """The attacker's client: what it pays for, keeps, and reads back after a kill."""
 
+import resource
+import shutil
+import signal
+
 import numpy as np
 import pytest
 import torch
 
+from attacks import Attack
+from attacks.buy import buy
 from attacks.client import Client
+from attacks.records import Kept, QueryFile
 from data_aug.images import Stored
 from defenses import DEFENCES, Defence
 from tests.test_victim import Times
+from utils import UserError
 from victim import BudgetExceeded, Victim, image_digests
 
 
@@ -23,9 +31,12 @@ class Signed(Defence):
         return (answers + 1) * 1e5 * signs
 
 
+LAYOUT = QueryFile(None, 256, np.float32).layout  # of an untrained small encoder's answers
+
+
 def kept_in(path):
-    """The records of an untrained small encoder's answers in a file."""
-    return np.fromfile(path, [("digest", np.uint8, 16), ("answer", np.float32, 256)])
+    """The records in a client's file."""
+    return np.fromfile(path, LAYOUT)
 
 
 def ask(client, images, account="default"):
@@ -52,6 +63,9 @@ def test_a_clients_answers_are_in_the_order_of_asking(encoder, images, tmp_path)
     torch.testing.assert_close(rows, Victim(encoder).query(images))
     kept = kept_in(tmp_path / "kept")
     assert kept["answer"].tobytes() == rows.numpy().tobytes()
+    assert kept["answered"].all()
+    assert kept["call"].tolist() == [0] * 5 + [1] * 2 + [2] * 5
+    assert kept["account"].tolist() == [b"default"] * 7 + [b"b"] * 5
     assert [bytes(digest) for digest in kept["digest"]] == image_digests(images)
     assert {name: account.queries for name, account in victim.ledger.accounts.items()} == {"default": 7, "b": 5}
     assert victim.ledger.calls == 3
@@ -80,7 +94,7 @@ def test_repeated_answers_are_averaged(encoder, images, tmp_path):
 def test_a_killed_attack_pays_for_no_answer_twice(encoder, images, tmp_path, watch, expected):
     whole = ask(Client(Victim(encoder), tmp_path / "whole", batch_size=4), images)
     kept = (tmp_path / "whole").read_bytes()
-    (tmp_path / "cut").write_bytes(kept[: 7 * (16 + 256 * 4) + 100])  # seven answers and a part of the eighth
+    (tmp_path / "cut").write_bytes(kept[: 7 * LAYOUT.itemsize + 100])  # seven answers and a part of the eighth
     watch = watch(factor=2.0)
     victim = Victim(encoder, budget=12, defences=[watch])
     answers = ask(Client(victim, tmp_path / "cut", batch_size=4), images)
@@ -92,19 +106,26 @@ def test_a_killed_attack_pays_for_no_answer_twice(encoder, images, tmp_path, wat
     assert victim.ledger.queries == victim.ledger.distinct == 12
 
 
-class Killing(Victim):
-    """A victim that does not answer after so many calls, and counts the images that it was sent over its API."""
+class Killed(BaseException):
+    """Ends an attack where it is raised, as a kill does."""
 
-    def __init__(self, *arguments, calls, **options):
+
+class Killing(Victim):
+    """A victim whose attacker is killed after so many calls: before it is asked, or before it can keep the answers."""
+
+    def __init__(self, *arguments, calls, answers=False, **options):
         super().__init__(*arguments, **options)
-        self.calls_left, self.sent = calls, 0
+        self.calls_left, self.answers, self.sent = calls, answers, 0
 
     def query(self, images, account="default", gather=None):
-        if not self.calls_left:
-            raise ConnectionError
-        self.calls_left -= 1
+        if not self.calls_left and not self.answers:
+            raise Killed
+        answers = super().query(images, account, gather)
         self.sent += len(images)
-        return super().query(images, account, gather)
+        if not self.calls_left:
+            raise Killed
+        self.calls_left -= 1
+        return answers
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -114,7 +135,7 @@ def test_a_client_that_is_resumed_pays_for_the_rest_only(calls, dtype, encoder, 
     whole = Victim(encoder)
     expected = ask(Client(whole, tmp_path / "whole", 3, dtype, batch_size=5), images)
     killed = Killing(encoder, calls=calls)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(Killed):
         ask(Client(killed, tmp_path / "kept", 3, dtype, batch_size=5), images)
     rest = Killing(encoder, calls=100, budget=36)
     client = Client(rest, tmp_path / "kept", 3, dtype, batch_size=5)
@@ -123,7 +144,7 @@ def test_a_client_that_is_resumed_pays_for_the_rest_only(calls, dtype, encoder, 
     assert rest.sent == 36 - killed.sent
     assert rest.ledger.queries == client.queries == 36
     assert rest.ledger.accounts["default"].images == whole.ledger.accounts["default"].images
-    torch.testing.assert_close(torch.as_tensor(answers), torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(answers, expected, rtol=1e-3, atol=1e-3)
     assert client.sources["default"].tolist() == list(range(12)) * 3
 
 
@@ -131,12 +152,16 @@ def test_answers_in_float16_stay_in_the_file(encoder, images, tmp_path):
     victim = Victim(encoder)
     client = Client(victim, tmp_path / "kept", dtype=np.float16, batch_size=5)
     answers = ask(client, images)
-    assert isinstance(answers, np.memmap)
-    assert (answers.dtype, answers.shape) == (np.float16, (12, 256))
-    assert np.array_equal(answers, Victim(encoder).query(images).numpy().astype(np.float16))
-    assert ask(client, images[:0]).shape == (0, 256)
-    assert np.array_equal(ask(client, images[3:5], "b"), answers[3:5])  # those asked about before stay apart
-    assert (tmp_path / "kept").stat().st_size == 14 * (16 + 2 * 256)
+    assert isinstance(answers, Kept)
+    assert len(answers) == 12
+    rows = torch.arange(12)
+    assert torch.equal(answers[rows], Victim(encoder).query(images).half().float())
+    assert ask(client, images[:0])[rows[:0]].shape == (0, 256)
+    again = ask(client, images[3:5], "b")  # those asked about before stay apart
+    assert torch.equal(again[rows[:2]], answers[rows[3:5]])
+    assert again.records.tolist() == [12, 13]
+    assert client.file.layout["answer"].base == np.float16
+    assert (tmp_path / "kept").stat().st_size == 14 * (16 + 32 + 4 + 1 + 2 * 256)
 
 
 def test_answers_beyond_float16_are_its_largest_numbers(encoder, images, tmp_path):
@@ -144,10 +169,11 @@ def test_answers_beyond_float16_are_its_largest_numbers(encoder, images, tmp_pat
     answers = {}
     for dtype in (np.float16, np.float32):
         victim = Victim(encoder, defences=[Signed()])
-        answers[dtype] = ask(Client(victim, tmp_path / dtype.__name__, dtype=dtype, batch_size=5), images)
-    assert np.isfinite(answers[np.float16]).all()
+        kept = ask(Client(victim, tmp_path / dtype.__name__, dtype=dtype, batch_size=5), images)
+        answers[dtype] = kept if dtype is np.float32 else kept[torch.arange(12)]
+    assert answers[np.float16].isfinite().all()
     assert answers[np.float32].abs().max() > 65504
-    assert np.array_equal(answers[np.float16], answers[np.float32].clamp(-65504, 65504).numpy().astype(np.float16))
+    assert torch.equal(answers[np.float16], answers[np.float32].clamp(-65504, 65504).half().float())
     assert {65504.0, -65504.0} <= {*answers[np.float16][0, :2].tolist()}
 
 
@@ -179,10 +205,10 @@ def test_a_killed_attack_goes_on_as_if_it_had_not_been(encoder, images, tmp_path
 
     first, whole = attack(tmp_path / "kept")
     kept = (tmp_path / "kept").read_bytes()
-    (tmp_path / "kept").write_bytes(kept[: int(rows * (16 + 4 * first.victim.dim))])
+    (tmp_path / "kept").write_bytes(kept[: int(rows * first.file.layout.itemsize)])
     resumed, answers = attack(tmp_path / "kept")
     torch.testing.assert_close(answers, whole, rtol=1e-4, atol=1e-4)
-    again = np.fromfile(tmp_path / "kept", first.layout)
+    again = np.fromfile(tmp_path / "kept", first.file.layout)
     assert again["answer"].tobytes() == answers.numpy().tobytes()
     ledgers = (client.victim.ledger.accounts.values() for client in (first, resumed))
     for account, other in zip(*ledgers, strict=True):
@@ -191,3 +217,132 @@ def test_a_killed_attack_goes_on_as_if_it_had_not_been(encoder, images, tmp_path
         flagged = whole[:, 0] > 900
         assert flagged.any()
         assert not flagged.all()
+
+
+# ---- answers that were lost ----
+
+PLANS = {
+    "plain": Attack(),
+    "two-views": Attack(n_views=2),
+    "asked-twice": Attack(repeat=2),
+    "sybils": Attack(sybils=2, shared=4),
+    "few-buckets": Attack(max_coverage=100.0),
+}
+
+
+def buy_all(victim, images, attack, keep, dtype=np.float32):
+    client = Client(victim, keep, attack.repeat, dtype, batch_size=5)
+    draws = torch.Generator().manual_seed(0)
+    features = images.flatten(1)[:, ::300].float()
+    return buy(client, Stored(images), attack, attack.images(victim.budget), draws, lambda: features)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_was_asked_and_lost_counts_as_asked(plan, calls, encoder, images, tmp_path):
+    """The victim is never asked beyond the budget, and the copy is trained on images that have all their answers."""
+    attack = PLANS[plan]
+    budget = 24 if plan in ("two-views", "asked-twice") else 16 if plan == "sybils" else 12
+    whole = buy_all(Victim(encoder, budget), images, attack, tmp_path / "whole")
+    killed = Killing(encoder, budget, calls=calls, answers=True)
+    with pytest.raises(Killed):
+        buy_all(killed, images, attack, tmp_path / "kept")
+    rest = Killing(encoder, budget, calls=100)
+    bought = buy_all(rest, images, attack, tmp_path / "kept")
+    assert rest.ledger.queries == killed.sent + rest.sent <= budget
+    assert [account.queries for account in rest.ledger.accounts.values()] == [
+        len(sources) for sources in bought.sources.values()
+    ]
+    lost = int((~kept_in(tmp_path / "kept")["answered"]).sum())
+    assert lost
+    assert len(whole) - 2 * lost <= len(bought) < len(whole)
+    assert "images are left out" in bought.findings[-1]
+    where = {int(index): row for row, index in enumerate(whole.index)}
+    rows = torch.tensor([where[int(index)] for index in bought.index])
+    if plan not in ("few-buckets", "sybils"):  # these adapt to what they have
+        expected = whole.rows.view(attack.n_views, len(whole), -1)[:, rows].flatten(0, 1)
+        torch.testing.assert_close(bought.rows, expected, rtol=1e-4, atol=1e-4)
+    assert bought.rows.isfinite().all()
+    assert torch.equal(bought.images.tensor, images[bought.index])
+
+
+def test_lost_answers_of_a_file_are_left_out(encoder, images, tmp_path):
+    attack = Attack()
+    with pytest.raises(Killed):
+        buy_all(Killing(encoder, 12, calls=1, answers=True), images, attack, tmp_path / "kept", np.float16)
+    bought = buy_all(Victim(encoder, 12), images, attack, tmp_path / "kept", np.float16)
+    assert bought.index.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    expected = Victim(encoder).query(images[:7])
+    torch.testing.assert_close(bought.rows[torch.arange(7)], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_larger_budget_pays_for_what_was_lost(encoder, images, tmp_path):
+    with pytest.raises(Killed):
+        buy_all(Killing(encoder, 17, calls=1, answers=True), images, Attack(), tmp_path / "kept")
+    victim = Victim(encoder, 17)
+    bought = ask(Client(victim, tmp_path / "kept", batch_size=5), images)
+    torch.testing.assert_close(bought, Victim(encoder).query(images))
+    assert victim.ledger.queries == 17
+
+
+CHANGES = {
+    "reversed": lambda images: images.flip(0),
+    "shuffled": lambda images: images[torch.randperm(12, generator=torch.Generator().manual_seed(1))],
+    "first-removed": lambda images: images[1:],
+    "two-removed": lambda images: images[[0, 1, 3, 4, 5, 6, 8, 9, 10, 11]],
+}
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("change", CHANGES)
+def test_kept_answers_belong_to_images_not_to_positions(change, dtype, repeat, encoder, images, tmp_path):
+    """Images in another order, or without some, get their answers back; only others are asked about."""
+    with pytest.raises(Killed):
+        ask(Client(Killing(encoder, calls=2), tmp_path / "kept", repeat, dtype, batch_size=5), images)
+    now = CHANGES[change](images)
+    victim = Killing(encoder, calls=100)
+    found = ask(Client(victim, tmp_path / "kept", repeat, dtype, batch_size=5), now)
+    found = found if isinstance(found, torch.Tensor) else found[torch.arange(len(now))]
+    torch.testing.assert_close(found, Victim(encoder).query(now), rtol=1e-3, atol=1e-3)
+    kept = {*image_digests(images[:10])}
+    assert victim.sent == repeat * len(now) - sum(digest in kept for digest in image_digests(now))
+
+
+def test_other_images_are_asked_about_anew_or_refused(encoder, images, tmp_path):
+    """As far as the budget allows; never is an answer given to an image that it is not of."""
+    Client(Victim(encoder), tmp_path / "kept").ask(Stored(images), torch.arange(12))
+    others = torch.cat([images[:10], 255 - images[:2]])
+    victim = Victim(encoder, budget=14)
+    kept = tmp_path / "kept"
+    shutil.copy(kept, tmp_path / "other")
+    torch.testing.assert_close(ask(Client(victim, kept), others), Victim(encoder).query(others))
+    assert victim.ledger.queries == 14
+    with pytest.raises(UserError, match=r"2 of the images were not asked about .* has 1 queries left"):
+        ask(Client(Victim(encoder, budget=13), tmp_path / "other"), others)
+    remembering = Victim(encoder, budget=30, defences=[RememberingTimes()])
+    with pytest.raises(UserError, match="cannot be brought back"):
+        ask(Client(remembering, tmp_path / "other"), 255 - images)
+
+
+def test_a_call_that_is_refused_leaves_no_record(encoder, images, tmp_path):
+    client = Client(Victim(encoder, budget=7), tmp_path / "kept", batch_size=5)
+    with pytest.raises(BudgetExceeded):
+        ask(client, images)
+    assert len(kept_in(tmp_path / "kept")) == 5
+
+
+def test_a_full_disk_is_met_before_the_victim_is_asked(encoder, images, tmp_path):
+    victim = Killing(encoder, calls=100)
+    client = Client(victim, tmp_path / "kept", batch_size=5)
+    size = 5 * client.file.layout.itemsize
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, before[1]))
+        with pytest.raises(OSError, match="too large"):
+            ask(client, images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert victim.sent == 5
+    assert (tmp_path / "kept").stat().st_size == size

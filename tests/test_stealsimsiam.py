@@ -10,6 +10,7 @@ import torch
 import simclr
 import stealsimsiam
 from attacks.client import Client
+from attacks.records import Kept
 from data_aug.images import Views, open_pictures
 from jobs.ending import Stopped
 from loss import STEAL_LOSSES
@@ -78,7 +79,7 @@ def test_the_copy_has_the_settings_of_the_2022_work(steal, data, tmp_path):
     copy = load_encoder(path)
     # Its representations are of images in [0, 1], which it resizes and normalises itself.
     assert copy(torch.rand(2, 3, 40, 50)).shape == (2, 256)
-    assert not [*path.parent.glob("answers-*")]
+    assert not [*path.parent.glob("queries-*")]
 
 
 def test_without_augmentation_the_copy_is_shown_what_the_victim_saw(steal, sent, data, monkeypatch):
@@ -145,14 +146,14 @@ def test_answers_lie_in_a_file_as_float16(steal, sent, data, tmp_path, monkeypat
 
     def ask(self, *arguments):
         kept["answers"] = original(self, *arguments)
-        kept["bytes"] = self.keep.stat().st_size
+        kept["bytes"] = self.file.path.stat().st_size
         return kept["answers"]
 
     monkeypatch.setattr(Client, "ask", ask)
     steal("--epochs", "1")
-    assert kept["bytes"] == 16 * (16 + 2 * 256)
-    assert isinstance(kept["answers"], np.memmap)
-    assert kept["answers"].dtype == np.float16
+    assert kept["bytes"] == 16 * (16 + 32 + 4 + 1 + 2 * 256)
+    assert isinstance(kept["answers"], Kept)
+    assert kept["answers"].answers.dtype == np.float16
 
 
 def test_resume_from_a_file_and_start_epoch(steal, tmp_path, refused, data):

@@ -154,7 +154,7 @@ class Loop:
             return  # asking the others takes time
         if not any_of(received() is not None):
             return
-        if self.recipe.recipe == "released":  # it asks anew in each epoch: an epoch cut short would be paid for twice
+        if self.recipe.recipe == "released":  # a checkpoint has the ledger as it is after whole epochs
             saved = f"after epoch {epoch}"
         else:
             self._save(epoch, {"begun": {"step": step, "seen": watch.so_far()}})
@@ -189,10 +189,11 @@ class Loop:
                 f"give --batch-size {-(-size // processes()) * processes()}"
             )
 
-    def _forget_answers(self) -> None:
+    def _forget_answers(self, but: Path | None = None) -> None:
+        """Delete the files of queries, all of them or `but` this."""
         if first_process():
-            for answers_file in self.run.folder.glob("answers-*"):
-                answers_file.unlink()
+            for queries in {*self.run.folder.glob("queries-*"), *self.run.folder.glob("answers-*")} - {but}:
+                queries.unlink()
 
     def _save(self, epochs_done: int, more: Mapping | None = None) -> None:
         content = {
