@@ -23,7 +23,6 @@ from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from settings import Command, Parser, Settings, setting, settings_of
 from training import finding
-from training.run import open_run
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def main() -> None:
     streams, detector = command[Streams], command[Detection]
     path = finding.find(command, "victim", "victim", {})
     encoder, trained = open_owner(path)
-    run = open_run(command, finding.home_of(path, machine.checkpoint_dir), precision, victim=str(path))
+    run = victims.open_evaluation(command, path, encoder, precision, victim=str(path))
     shown = run.folder / "table.md"
     if run.done():
         print(shown.read_text(), end="")

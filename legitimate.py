@@ -19,9 +19,7 @@ from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from loss import STEAL_LOSSES
 from settings import Command, Parser, Settings, setting
-from training import finding
 from training.objective import LossChoice
-from training.run import open_run
 from victim import Api, Victim
 
 
@@ -73,7 +71,7 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     path, _, encoder = victims.open_victim(command)
-    run = open_run(command, finding.home_of(path, machine.checkpoint_dir), precision)
+    run = victims.open_evaluation(command, path, encoder, precision)
     if run.done():
         return
     name, defences = command.dataset_test, command.all(Defence)

@@ -21,6 +21,7 @@ from settings import Command, Parser
 from training import finding
 from training.recipe import Protocol
 from training.run import open_run
+from victim import version_of
 
 OWNERS = (Data, Downstream, EncoderChoice, Probe, *SOUGHT, Machine, Threads, Protocol)
 
@@ -53,7 +54,8 @@ def main() -> None:
     path, checkpoint, encoder = open_judged(command)
     command.set(arch=encoder.arch)
     root = machine.checkpoint_dir
-    run = open_run(command, finding.home_of(path, root) if path else root / f"random-{encoder.arch}", precision)
+    home = finding.home_of(path, root) if path else root / f"random-{encoder.arch}"
+    run = open_run(command, home, precision, weights=version_of(encoder))
     if run.done():
         return
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)

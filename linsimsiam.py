@@ -25,7 +25,7 @@ from settings import Command, Parser
 from training import finding
 from training.objective import LossChoice
 from training.recipe import LargeScale, Recipe, use_large_recipe
-from training.run import Record, open_run
+from training.run import Record
 
 SOUGHT = [Sought(owner, "stolen") for owner in (victims.CopyChoice, QueryChoice, LossChoice)]
 
@@ -60,7 +60,7 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     path, checkpoint, encoder = open_large(command)
-    run = open_run(command, finding.home_of(path, machine.checkpoint_dir), precision)
+    run = victims.open_evaluation(command, path, encoder, precision)
     if command.resume is True and not command.evaluate and run.done():
         return
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)

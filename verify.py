@@ -23,6 +23,7 @@ from settings import Command, Parser, Settings, setting
 from training import finding
 from training.run import open_run
 from utils import UserError
+from victim import version_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,12 @@ def main() -> None:
         [finding.locate(path, root) for path in paths or ()] for paths in (command.suspect, command.independent)
     )
     named = {"suspect": list(map(str, suspects)), "independent": list(map(str, independents))}
-    run = open_run(command, finding.home_of(victim, root), precision, victim=str(victim), **named)
-    if run.done():
+    candidates = open_candidates(victim, suspects, independents)
+    weights = [version_of(candidate.encoder) for candidate in candidates]
+    run = open_run(command, finding.home_of(victim, root), precision, victim=str(victim), weights=weights, **named)
+    if run.done(rows=len(suspects)):
         print(*(f"{row['checkpoint']}: {row['verdict']}" for row in run.rows()), sep="\n")
         return
-    candidates = open_candidates(victim, suspects, independents)
     counts = measure_all(test, command.data, candidates, precision, machine.seed)
     judge_all(test, candidates)
     words, overall = detection_rates(test, candidates)

@@ -119,6 +119,12 @@ def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Re
     return run
 
 
+def open_evaluation(command: Command, path: Path, encoder: SimCLREncoder, precision: Precision, **more: Any) -> Run:
+    """The run of a script that judges an encoder, below the encoder's run; `more` are further settings of it."""
+    home = home_of(path, command.checkpoint_dir)
+    return open_run(command, home, precision, weights=version_of(encoder), **more)
+
+
 def say_steal(command: Command, victim: Path, encoder: SimCLREncoder, dataset: str, *words: str) -> None:
     """As `say_next`: steal this victim by queries from another data set than it was trained on."""
     queries = ("--datasetsteal", "textures" if dataset == "shapes" else "svhn")

@@ -30,11 +30,6 @@ NAMES = [
         "victim-cifar10-resnet34-supcon-200ep-seed0-outdim=64-precision=fp32-recipe=released",
     ),
     (
-        "run",
-        "--optimizer lars --dataset folder:data/own",
-        "victim-folder_data_own-resnet34-infonce-200ep-seed0-optimizer=lars",
-    ),
-    (
         "steal",
         "--dataset cifar10 --datasetsteal svhn --epochs 100 --arch resnet34 --losstype mse --num_queries 9000",
         "stolen-svhn-resnet34-mse-9000q-100ep-seed0",

@@ -1,5 +1,7 @@
 """Names that no two settings share, finding what earlier runs made, and listing it."""
 
+import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+import linear_eval
 import run
 import runs
 from attacks.victims import VictimChoice
 from settings import Parser
+from tests.conftest import call_main
 from training import finding
 from training.finding import check_finished, home_of, locate
 from training.run import Record, run_name
@@ -71,6 +77,113 @@ def find(tmp_path):
         return finding.find(command, "victim", "victim", wanted or {}, tmp_path, **options)
 
     return found
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("folder:w/set-1", "folder:w/set_1", "folder:w/set 1", "folder:v/set-1", "folder:w/SET-1"),
+        ("npz:a/b.npz", "npz:a_b.npz", "npz:a-b.npz", "npz:b.npz", "folder:a/b.npz"),
+        ("folder:é", "folder:e", "folder:\u202ee", "folder:日本", "folder:日 本"),
+        tuple(f"folder:{'deep/' * 60}{'x' * 240}{end}" for end in "ab"),
+    ],
+)
+def test_data_sets_have_names_of_their_own(values):
+    names = [name_of("--dataset", value) for value in values]
+    assert len({name.casefold() for name in names}) == len(values)
+    assert all(re.fullmatch(r"[\w.=+-]+", name) and len(name.encode()) <= 200 for name in names)
+
+
+def test_a_name_that_is_changed_is_short_and_says_what_it_can():
+    assert re.fullmatch(
+        r"victim-folder_own-resnet34-infonce-200ep-seed0-optimizer=lars-[0-9a-f]{8}",
+        name_of("--optimizer", "lars", "--dataset", "folder:some/where/own/"),
+    )
+
+
+@given(st.lists(st.text(st.characters(blacklist_characters="\0", codec="utf-8"), min_size=1), min_size=2, max_size=2))
+def test_no_two_texts_have_one_name(texts):
+    command = run.parse(["--epochs", "1"])
+    names = set()
+    for text in texts:
+        command.set(dataset=f"npz:{text}")
+        names.add(run_name(command))
+    assert len(names) == len(set(texts))
+    assert all(re.fullmatch(r"[\w.=+-]+", name) and len(name.encode()) <= 200 for name in names)
+
+
+def test_known_names_differ_without_their_dashes_and_commas():
+    """These are changed in run names, and have no digest."""
+    for script in ("run", "steal", "stealhead", "steallabels", "legitimate", "linear_eval", "stealsimsiam", "verify"):
+        for setting in importlib.import_module(script).make_parser().settings.values():
+            words = [str(choice) for choice in setting.choices or ()]
+            assert len({re.sub(r"\W", "_", word) for word in words}) == len(words)
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+TINY = [
+    "--dataset",
+    "shapes",
+    "--num-train",
+    "64",
+    "--arch",
+    "resnet10w32",
+    "-b",
+    "32",
+    "--epochs",
+    "1",
+    "--workers",
+    "1",
+]
+
+
+def test_a_run_is_resumed_with_its_settings_only(tmp_path, capsys):
+    assert call_main(run, tmp_path, tmp_path, *TINY, "--resume") == 0
+    assert "--resume: nothing is in checkpoints/victim-shapes-resnet10w32" in capsys.readouterr().out.replace(
+        f"{tmp_path}/", ""
+    )
+    (config,) = tmp_path.glob("checkpoints/*/config.yml")
+    text = config.read_text()
+    assert call_main(run, tmp_path, tmp_path, *TINY, "--resume") == 0
+    # As an earlier version with other defaults would have left it, or another run whose folder was renamed.
+    for old, new in (("weight_decay: 0.0001", "weight_decay: 0.5"), ("dataset: shapes", "dataset: npz:other.npz")):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        assert call_main(run, tmp_path, tmp_path, *TINY, "--resume") == 2
+        error = capsys.readouterr().err
+        name, value = new.split(": ")
+        assert error.count("\n") == 1
+        assert f"was begun with {name} {value}, not " in error
+
+
+def test_a_checkpoint_that_is_gone_on_from_says_what_differs(tmp_path, capsys):
+    call_main(run, tmp_path, tmp_path, *TINY)
+    (checkpoint,) = tmp_path.glob("checkpoints/*/checkpoint.pth.tar")
+    assert call_main(run, tmp_path, tmp_path, *TINY, "--epochs", "2", "--lr", "0.1", "--resume", checkpoint) == 0
+    assert "checkpoint.pth.tar is of epochs 1, lr 0.0003\n" in capsys.readouterr().out
+
+
+def test_events_of_several_runs_lie_apart(tmp_path):
+    for seed in ("0", "1", "1"):
+        call_main(run, tmp_path, tmp_path, *TINY, "--seed", seed, "--logdir", tmp_path / "tb")
+    folders = sorted(path.name for path in (tmp_path / "tb").iterdir())
+    assert folders == sorted(path.name for path in (tmp_path / "checkpoints").glob("victim*"))
+    assert all(len([*(tmp_path / "tb" / folder).iterdir()]) == 1 for folder in folders)
+
+
+def test_a_row_is_there_once_however_often_it_is_made(tmp_path, capsys):
+    """Made again, resumed, or resumed after a kill between the run's own record of it and results.jsonl."""
+    judge = ["--modeltype", "random", "--arch", "resnet10w32", "--dataset-test", "shapes", "--probe", "knn"]
+    judge += ["-n", "40", "--num-test", "50"]
+    results = tmp_path / "checkpoints" / "results.jsonl"
+    for more in ([], [], ["--resume"], ["--seed", "1"]):
+        assert call_main(linear_eval, tmp_path, tmp_path, *judge, *more) == 0
+    rows = results.read_text().splitlines()
+    assert [json.loads(row)["seed"] for row in rows] == [0, 1]
+    results.write_text(rows[1] + "\n")
+    assert call_main(linear_eval, tmp_path, tmp_path, *judge, "--resume") == 0
+    assert sorted(results.read_text().splitlines()) == sorted(rows)
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ COPY = "stolen-svhn-resnet10w32-mse-40q-2ep-seed0-batchsize=16"
 def test_run_folder_is_complete(pipeline):
     for folder in (pipeline / "checkpoints" / VICTIM, pipeline / "checkpoints" / VICTIM / COPY):
         names = {path.name.split(".tfevents")[0] for path in folder.iterdir() if path.is_file()}
-        assert names == {"checkpoint.pth.tar", "config.yml", "metrics.jsonl", "run.log", "events.out"}
+        assert names == {"checkpoint.pth.tar", "config.yml", "metrics.jsonl", "run.log", "events.out", ".lock"}
         config = yaml.safe_load((folder / "config.yml").read_text())
         assert config["settings"]["lr"] == (0.001 if "stolen" in folder.name else 0.0003)  # the presets, as in force
         assert config["settings"]["seed"] == 0

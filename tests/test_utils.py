@@ -131,7 +131,7 @@ def test_resumed_run_drops_what_comes_again(tmp_path):
     run.log(2, {"epoch": 2, "loss": 20.0})
     run.finish()
     assert [record["loss"] for record in run.lines()] == [0.0, 1.0, 20.0]
-    assert scalars(tmp_path / "events")["loss"] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+    assert scalars(tmp_path / "events" / "run")["loss"] == [(0, 0.0), (1, 1.0), (2, 20.0)]
 
 
 @pytest.mark.parametrize("clear", [True, False])

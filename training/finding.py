@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +11,24 @@ from typing import Any
 import yaml
 
 from settings import Command
-from training.run import CHECKPOINT, plain, relative
+from training.run import CHECKPOINT, NAME_BYTES, plain, relative
 from utils import UserError
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
 def home_of(checkpoint: Path, root: Path) -> Path:
-    """Parent folder for runs derived from this encoder: its run folder, or `root/<name>-<hash>` for other files."""
-    if (checkpoint.parent / "config.yml").exists():
+    """Parent folder for runs derived from this encoder: its run folder, or `root/<name>-<hash>` for other files.
+
+    A run folder in which this user cannot write counts as another file.
+    """
+    if (checkpoint.parent / "config.yml").exists() and os.access(checkpoint.parent, os.W_OK):
         return checkpoint.parent
     digest = hashlib.sha256()
     for file in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]:
         digest.update(file.read_bytes() if file.is_file() else b"")
-    return root / f"{checkpoint.absolute().name.split('.')[0]}-{digest.hexdigest()[:8]}"
+    name = named(checkpoint).absolute().name.split(".")[0].encode()[: NAME_BYTES - 9].decode(errors="ignore")
+    return root / f"{name}-{digest.hexdigest()[:8]}"
 
 
 def locate(path: Path, root: Path) -> Path:

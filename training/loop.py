@@ -138,6 +138,9 @@ class Loop:
         if self.resumed:
             step = self._begun(self.first_epoch)["step"]
             self.run.say(f"resumed after epoch {self.first_epoch}" + (f", step {step}" if step else ""))
+            if isinstance(self.run.resume, Path):
+                others = sorted(f"{name} {value}" for name, value in self.run.differences(self.resumed).items())
+                self.run.say(f"{relative(self.run.resume)} is of {', '.join(others) or 'the same settings'}")
         barrier()
         return True
 

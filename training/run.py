@@ -1,11 +1,13 @@
 """The folder of a run: what it is, what it writes, and what a checkpoint says of where a model comes from."""
 
 import contextlib
+import hashlib
 import json
 import logging
+import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from files.writing import atomic_path
+from files.reading import read_lines, read_yaml
+from files.writing import add_line, atomic_path, lock, put_line
 from settings import Command
-from utils import Precision, first_process, provenance
+from utils import Precision, UserError, first_process, provenance
 
 CHECKPOINT = "checkpoint.pth.tar"
+NAME_BYTES = 200  # of a folder's name; file systems end at 255, and some cut earlier
 _SPELT = {"num_queries": "{}q", "epochs": "{}ep", "seed": "seed{}"}
 
 
@@ -75,11 +79,13 @@ class Run:
     """The folder of one experiment, what it is (`config`) and how it is run.
 
     config.yml (the values in force, commit, versions, device), checkpoint.pth.tar, metrics.jsonl (a line per record),
-    run.log and tensorboard events, which go to `events` where that is given. Making a Run writes nothing before
-    `start()`, so that whatever is wrong with the input can be found first. Of a job's processes only rank 0 writes.
+    run.log and tensorboard events, which go to a folder of the run's name below `events` where that is given. Making a
+    Run writes nothing before `start()`, so that whatever is wrong with the input can be found first. Between `start()`
+    and `finish()` no other process writes in the folder. Of a job's processes only rank 0 writes.
 
     resume: go on with what is in the folder, or from another checkpoint. clear: delete the log, metrics and events of
-    an earlier run. results: a file that `add_row` appends to as well. record: what the checkpoint says of its origin.
+    an earlier run in this folder. results: a file that has the rows of all runs. record: what the checkpoint says of
+    its origin.
     """
 
     def __init__(
@@ -96,14 +102,22 @@ class Run:
         self.resume, self.clear, self.results = resume, clear, results
         self.checkpoint, self.metrics = folder / CHECKPOINT, folder / "metrics.jsonl"
         self.record = Record()
-        self._events = events or folder
+        self.decisive: Collection[str] = ()  # the settings that decide the result
+        self._events = events / folder.name if events else folder
         self._writer = None
+        self._lock: int | None = None
+        self._rows = 0
         self._logger = logging.getLogger(f"run.{folder}")
 
     def below(self, name: str, kind: str | None = None) -> "Run":
         """The run of a part of this one, in a folder below its folder."""
         config = {**self.config, **({"kind": kind} if kind else {})}
         return Run(self.folder / name, self.precision, config, self.resume, self.clear)
+
+    def differences(self, stored: Mapping) -> dict[str, Any]:
+        """The decisive settings that have another value in a stored config or checkpoint, with that value."""
+        before, now = stored.get("settings") or {}, self.config.get("settings", {})
+        return {name: before[name] for name in self.decisive if name in before and before[name] != now[name]}
 
     def start(self, from_epoch: int = 0) -> None:
         """Make the folder and write config.yml; UserError where it cannot be written.
@@ -113,6 +127,7 @@ class Run:
         if not first_process():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder)
         if self.clear and from_epoch == 0:
             for old in [self.folder / "run.log", self.metrics, *self._events.glob("events.out.tfevents.*")]:
                 old.unlink(missing_ok=True)
@@ -141,8 +156,7 @@ class Run:
         """Append a line to metrics.jsonl and its numbers to tensorboard at `step`."""
         if not first_process():
             return
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        add_line(self.metrics, {**values, "time": round(time.time(), 3)})
         self.scalars(step, {k: v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -152,61 +166,90 @@ class Run:
                 self._writer.add_scalar(name, value, step)
 
     def lines(self) -> list[dict]:
-        """The lines of metrics.jsonl so far; a last line cut off by a kill is left out."""
-        lines = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-        return lines
+        """The lines of metrics.jsonl so far."""
+        return read_lines(self.metrics) if self.metrics.exists() else []
 
     def rows(self) -> list[dict]:
         """The results that the run has written."""
-        return [line["row"] for line in self.lines() if "row" in line]
+        return [line["row"] for line in self.lines() if isinstance(line.get("row"), dict)]
 
-    def done(self) -> bool:
-        """Whether the run is to be resumed and has its rows already; if so they are shown."""
-        rows = self.rows() if self.resume else []
-        if rows:
-            print(f"{relative(self.folder)} has its results already", *map(as_row, rows), sep="\n")
-        return bool(rows)
+    def done(self, rows: int = 1) -> bool:
+        """Whether the run is to be resumed and has all its rows already; then they are shown, and put in `results`."""
+        there = self.rows() if self.resume else []
+        if len(there) < rows:
+            return False
+        print(f"{relative(self.folder)} has its results already", *map(as_row, there), sep="\n")
+        for row in there:
+            self._put(row)
+        return True
 
     def add_row(self, row: Mapping, step: int = 0) -> None:
-        """Show a result, and append it to the run's metrics and to results.jsonl."""
+        """Show a result, and add it to the run's metrics and to `results`.
+
+        There the row stands in place of the one that an earlier start of the same run wrote.
+        """
+        parent = self.results.parent if self.results else self.folder.parent
+        row = {**row, "run": os.path.relpath(self.folder, parent), "part": self._rows}
+        self._rows += 1
         self.log(step, {"row": row})
         self.say(as_row(row))
         if first_process() and self.results:
-            self.results.parent.mkdir(parents=True, exist_ok=True)
-            # One append of one line: evaluations that run side by side don't mix theirs.
-            with self.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._put(row)
             self.say(f"row: {relative(self.results)}")
 
+    def _put(self, row: Mapping) -> None:
+        if first_process() and self.results and {"run", "part"} <= row.keys():
+            self.results.parent.mkdir(parents=True, exist_ok=True)
+            put_line(self.results, row, ("run", "part"))
+
     def finish(self) -> None:
-        """Flush and close the log and the events."""
+        """Flush and close the log and the events, and let other processes write in the folder."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
         for handler in list(self._logger.handlers):
             handler.close()
             self._logger.removeHandler(handler)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def open_run(command: Command, parent: Path, precision: Precision, **more: Any) -> Run:
     """The run of a command, in the folder of its name below `parent`, with everything in force for its config.yml.
 
-    `more` are further settings for config.yml, such as the file of the victim.
+    `more` are further settings for config.yml, such as the file of the victim. UserError where the run is to be resumed
+    and was begun with other settings; where there is nothing to resume, that is said.
     """
     settings = {name: plain(value) for name, value in {**command.config(), **more}.items()}
     config = {"kind": command.parser.kind, "settings": settings, "provenance": provenance(precision)}
     results = command.checkpoint_dir / "results.jsonl"
     events = command.logdir if "logdir" in command.parser.settings else None
-    return Run(parent / run_name(command), precision, config, command.resume, command.clear, events, results)
+    run = Run(parent / run_name(command), precision, config, command.resume, command.clear, events, results)
+    run.decisive = {name for name in settings if _decides(command, name)}
+    if command.resume is True and not run.folder.exists():
+        print(f"--resume: nothing is in {relative(run.folder)}, so it begins anew")
+    elif command.resume is True and (run.folder / "config.yml").exists():
+        for name, value in run.differences(read_yaml(run.folder / "config.yml", "a run's config.yml")).items():
+            raise UserError(
+                f"{relative(run.folder)} was begun with {name} {value}, not {settings[name]}: "
+                f"leave out --resume to begin anew"
+            )
+    return run
+
+
+def _decides(command: Command, name: str) -> bool:
+    """Whether a setting decides the result: flags that say so, what all runs of a script have, and weights judged."""
+    declared = command.parser.settings.get(name)
+    return declared.named if declared else name in command.parser.fixed or name == "weights"
 
 
 def run_name(command: Command) -> str:
     """The name of a command's run: `kind`, the `core` settings, and each other setting that is not as expected.
 
-    A setting is expected at its default, or at the value that the loss, the attack or another setting gives it.
+    A setting is expected at its default, or at the value that the loss, the attack or another setting gives it. Of data
+    in a file or folder the name has the last part of the path. Where text is changed so that it might stand for another
+    value, or cut, the name ends in a digest of the whole.
     """
     parser = command.parser
     parts = [parser.kind, *(_SPELT.get(name, "{}").format(getattr(command, name)) for name in parser.core)]
@@ -216,8 +259,15 @@ def run_name(command: Command) -> str:
         value, default = getattr(command, name), parser.settings[name].default
         if value != command.expected.get(name, default):
             parts.append(f"{name.replace('_', '')}={value}")
-    words = "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)
-    return f"{words}-{command.suffix}" if command.suffix else words
+    if command.suffix:
+        parts.append(command.suffix)
+    words = [re.sub(r"(folder|npz):.*?([^/\\]*)[/\\]*$", r"\1_\2", part, flags=re.DOTALL) for part in parts]
+    name = "-".join(re.sub(r"[^\w.=+]", "_", word) for word in words)
+    # Dashes and commas stand in the names of losses, attacks and lists of defences, which differ without them too.
+    if all(re.fullmatch(r"[\w.=+,\-\[\]' ]*", part) for part in parts) and len(name.encode()) <= NAME_BYTES:
+        return name
+    digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{name.encode()[: NAME_BYTES - 9].decode(errors='ignore')}-{digest}"
 
 
 def plain(value: Any) -> Any:
