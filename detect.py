@@ -1,12 +1,11 @@
-"""Which attackers does a detector tell from users? Streams of queries of both, and the ROC of each statistic.
+"""Which attackers does a detector tell from users? ROC of each statistic over streams of queries.
 
 python detect.py -data ./datasets --dataset cifar10 --victim checkpoints/VICTIM/checkpoint.pth.tar
 
-Every stream is an account of the detector (defenses/detection.py), which sees the representations of its queries, and
-all of them have the same length: some statistics grow with it. A statistic is judged against users, so its figures are
-about these users: those with a task, who ask about images of few classes of the attackers' data set, and with
---dataset-users those who ask about another data set. An AUC below 0.5 means that users look more like attackers than
-the attackers themselves. Streams of a kind share images, so their number says less than that of independent ones would.
+Every stream is an account of the detector (defenses/detection.py), which sees the representations of its queries. All
+streams have the same length, since some statistics grow with it. Users have a task: they query images of a few classes
+of the attackers' data set, or with --dataset-users images of another data set. An AUC below 0.5 means that users look
+more like attackers than the attackers do. Streams of a kind share images, so they are not independent.
 """
 
 import time
@@ -27,7 +26,7 @@ from training import finding
 
 @dataclass(frozen=True)
 class Owner(Settings):
-    """Whose API it is."""
+    """The owner of the API."""
 
     victim: Path | None = setting(
         None, "the owner's checkpoint, run folder or run name", named=False, otherwise="the only victim"

@@ -1,9 +1,9 @@
-"""What a paying user loses under a defence: a downstream head trained and used on the answers, defended and not.
+"""What a defence costs a paying user: a downstream head is trained and used on answers with and without the defence.
 
 python legitimate.py -data ./datasets --dataset cifar10 --arch resnet34 --defence noise --sigma 0.5
 
-The user has labelled images, buys the victim's representations of them, trains a head on these, and buys those of the
-images that the head is for: training and use see the same defence, in one account.
+The user buys the representations of labelled images, trains a head on them, and buys the representations of test
+images: training and use happen in the same account, under the same defence.
 """
 
 import time
@@ -37,9 +37,7 @@ class User(Settings):
     num_queries: int = setting(
         9000, "labelled images that the user trains on", at_least=1, flags=("--num_queries",), title="data"
     )
-    num_test: int | None = setting(
-        None, "number of test images to use, the last ones", at_least=1, otherwise="all", title="data"
-    )
+    num_test: int | None = setting(None, "use the last N test images only", at_least=1, otherwise="all", title="data")
 
 
 OWNERS = (Data, User, victims.VictimChoice, DefenceChoice, *DEFENCES.values(), LossChoice, UserHead, Machine, Threads)

@@ -1,4 +1,4 @@
-"""Judge a victim, a stolen copy or a random encoder on a downstream data set, and how close a copy is to its victim.
+"""Evaluate a victim, a copy or a random encoder on a downstream data set; compare a copy with its victim.
 
 python linear_eval.py --dataset cifar10 --datasetsteal svhn --dataset-test stl10 --losstype mse --num_queries 9000
 """

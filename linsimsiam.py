@@ -1,4 +1,4 @@
-"""Judge an ImageNet-scale victim, or a copy that stealsimsiam.py made, by a linear layer on its representations.
+"""Evaluate an ImageNet-scale victim, or a copy made by stealsimsiam.py, by a linear layer on representations.
 
 python linsimsiam.py --modeltype stolen --datasetsteal imagenet --num_queries 100000 --dataset cifar10 --lars --lr 1.0
 torchrun --nproc-per-node 4 linsimsiam.py --pretrained models/checkpoint_0099-batch256.pth.tar --dataset imagenet --lars

@@ -1,4 +1,4 @@
-"""Every loss, one function each, and the tables of their names with the hyper-parameters they were published with.
+"""Every loss as a function, and the tables of losses with their published hyper-parameters.
 
 Rows of several views of an image are view-major: all first views, then all second views. Losses are pure functions of
 float32 tensors to a scalar; the victim's answers carry no gradient. docs/extending.md shows how to add a loss.

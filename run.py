@@ -1,4 +1,4 @@
-"""Train a victim: a SimCLR encoder, or an encoder by another loss.
+"""Train a victim by SimCLR or another loss.
 
 python run.py -data ./datasets --dataset cifar10 --epochs 200 --arch resnet34
 torchrun --nproc-per-node 4 run.py --dataset cifar10 --epochs 200 --arch resnet34
@@ -34,7 +34,7 @@ from utils import seeded
 
 @dataclass(frozen=True)
 class Train(Settings):
-    """What a victim is, and what it is trained on."""
+    """The victim's architecture and training data."""
 
     dataset: str = setting(
         "cifar10",
@@ -57,7 +57,7 @@ class Train(Settings):
             else None
         ),
     )
-    watermark: bool = setting(False, "train a rotation watermark with the victim, which verify.py looks for")
+    watermark: bool = setting(False, "train a rotation watermark into the victim, for verify.py")
     n_views: int = setting(2, "random views per image", at_least=1, otherwise="2, for supervised 1")
     title = "victim"
 

@@ -31,14 +31,14 @@ from training.run import Run
 from utils import UserError, generator
 from victim import AnyVictim, digest_tensor, pack_digests
 
-SPREAD_ROWS = 8192  # of the answers, to see how far the features should spread
+SPREAD_ROWS = 8192  # answers from which the spread of the targets is estimated
 
 
 class SimCLR(Loop):
     """Trains `model` in place. Each public method is a kind of training; see `Loop` for the constructor's arguments."""
 
     def __init__(self, model: nn.Module, loss: Loss, recipe: Recipe, run: Run, companion: nn.Module | None = None):
-        # An attacker's features that cost no query are the untrained model's, also when a trained one is loaded.
+        # The attacker's own features come from the untrained model, even if a checkpoint is loaded below.
         self._untrained = copy.deepcopy(model) if run.resume else model
         super().__init__(model, loss, recipe, run, companion)
         self._sources: dict[str, Tensor] = {}  # for each account, the image index of each of its queries
@@ -46,8 +46,8 @@ class SimCLR(Loop):
     def train(self, images: Images, labels: Tensor | None = None, views: int = 2) -> None:
         """Train an encoder with a head on random views of images, by a loss of `loss.TRAIN_LOSSES`.
 
-        Some losses need the images' labels (N,). With a watermark as companion each step's loss also has the
-        cross-entropy of its reading of which half turn each image of the batch was given.
+        Some losses need labels (N,). With a watermark as companion, the loss of each step also has the watermark's
+        cross-entropy for the half turn that each image of the batch was given.
         """
         if views < self.loss.min_views:
             raise UserError(
@@ -120,7 +120,7 @@ class SimCLR(Loop):
         if not self.start():
             return
         labels = labels.to(self.device)
-        self.target_spread = 0.0  # scores of few classes may be alike without having collapsed
+        self.target_spread = 0.0  # logits of few classes may be close without a collapse
         rows = inputs.to(self.device) if isinstance(inputs, Tensor) else None
 
         def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ class SimCLR(Loop):
     def _check_attack(
         self, images: Images, victim: AnyVictim, attack: Attack, labels: Tensor | None, refined: bool
     ) -> int:
-        """How many of the images the attack asks about. UserError for what cannot work, before anything is paid for."""
+        """How many of the images the attack asks about. UserError before any query for settings that cannot work."""
         attack.check(self.loss)
         if self.run.resume and any(self.run.folder.glob("answers-*")):
             raise UserError(f"{self.run.folder} has answers kept by an earlier version: drop --resume")
@@ -252,7 +252,7 @@ class SimCLR(Loop):
     # ---- its parts ----
 
     def _features(self, images: Images) -> Tensor:
-        """What the copy makes of the images before it is trained (N, D), on the CPU."""
+        """The untrained copy's representations of the images (N, D), on the CPU."""
         return represent(self._untrained.to(self.device), images, self.precision).cpu()
 
     def _loader(self, images: Images, epoch: int) -> Loader:

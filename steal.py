@@ -1,4 +1,4 @@
-"""Steal an encoder through the representations it answers.
+"""Steal an encoder through its representations.
 
 python steal.py -data ./datasets --dataset cifar10 --datasetsteal svhn --arch resnet34 --losstype mse --num_queries 9000
 torchrun --nproc-per-node 4 steal.py --datasetsteal svhn --losstype mse --num_queries 9000
@@ -63,11 +63,11 @@ def main() -> None:
     machine, precision = set_up(command)
     loss, attack, copy, recipe = command[Loss], command[Attack], command[victims.Copy], command[Recipe]
     path, checkpoint, encoder = victims.open_victim(command)
-    command.refuse_idle()  # again: the victim's file may have said which data set it is of
+    command.refuse_idle()  # again: the victim's file may have named its data set
     mlp = read_watermark(checkpoint, str(path)) if copy.watermark else None
     if copy.victimhead and not encoder.has_head:
         raise UserError(f"{path} has no projection head: leave out --victimhead")
-    # The released recipe asks everything again in every epoch: that is what its budget has to cover.
+    # The released recipe repeats all queries in every epoch, so the budget has to cover them.
     rounds = recipe.epochs if recipe.recipe == "released" else 1
     api = Api(encoder.to(precision.device), "projections" if copy.victimhead else "representations")
     victim = Victim(api, command.num_queries * rounds, command.all(Defence), precision)

@@ -2,8 +2,8 @@
 
 python stealhead.py -data ./datasets --dataset cifar10 --datasetsteal svhn --losstype infonce --num_queries 9000
 
-Phase 1 trains a head on answers to views of some of the images; phase 2 trains the copy to match, through a head of its
-own, what that head makes of the answers. Both phases spend one budget; phase 2 uses phase 1's answers again for free.
+Phase 1 trains a head on answers to views of some of the images. Phase 2 trains the copy and its head to match the
+re-created head's outputs for the answers. Both phases share the budget; phase 2 re-uses the answers of phase 1.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
 
 
 def recreate_head(command: Command, answers: Tensor, images: int, run: Run) -> nn.Module:
-    """Phase 1: a head (frozen) trained on the answers (V * N, D) to the first so many of N images."""
+    """Phase 1: a head trained on the answers (V * N, D) to the first of N images; returned frozen."""
     head, loss = command[Head], HEAD_LOSSES[command.losshead]
     rows = answers.view(command.n_views, -1, answers.shape[1])[:, :images].flatten(0, 1)
     dim = answers.shape[1] - command.out_dim if head.victimhead else answers.shape[1]
@@ -90,7 +90,7 @@ def main() -> None:
     machine, precision = set_up(command)
     head, (loss, _) = command[Head], command.all(Loss)
     path, _, encoder = victims.open_victim(command)
-    command.refuse_idle()  # again: the victim's file may have said which data set it is of
+    command.refuse_idle()  # again: the victim's file may have named its data set
     api = open_api(command, encoder.to(precision.device), path)
     count, images_of_head = command.num_queries // command.n_views, head.head_queries // command.n_views
     images, labels, record = choose_queries(command[QueryChoice], command.dataset, command.data, count, machine.seed)

@@ -1,8 +1,8 @@
-"""Steal a downstream classifier through the labels or probabilities it answers: the baseline for stealing encoders.
+"""Steal a downstream classifier through its labels or probabilities: the baseline for stealing encoders.
 
 python steallabels.py -data ./datasets --dataset cifar10 --dataset-test cifar10 --num_queries 9000
 
-The victim is a linear layer on a frozen encoder, as linear_eval.py trains it, or a supervised network of run.py.
+The victim is a linear layer on a frozen encoder, trained by linear_eval.py, or a supervised network trained by run.py.
 """
 
 import time
@@ -74,7 +74,7 @@ def main() -> None:
     machine, precision = set_up(command)
     supervised = command.victimtype == "supervised"
     path, _, encoder = victims.open_victim(command, **({"losstype": "supervised"} if supervised else {}))
-    command.refuse_idle()  # again: the victim's file may have said which data set it is of
+    command.refuse_idle()  # again: the victim's file may have named its data set
     if supervised:
         command.set(dataset_test=command.dataset)
     classifier = open_classifier(command, path, encoder)

@@ -57,7 +57,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
     attack = command.use(Attack, {"copy_views": loss.min_views}, plain_first=loss.plain_first)
     if not attack.useaug and loss.min_views > 1:
         raise UserError(
-            f"{command.losstype} compares views of an image, and one query gives one: leave out --useaug False"
+            f"{command.losstype} compares views of an image, and a query has a single view: leave out --useaug False"
         )
     attack.check(loss)
     use_defences(command, command.losstype, command.seed)
@@ -66,7 +66,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
 
 
 def open_public(command: Command) -> tuple[Path, SimCLREncoder]:
-    """The victim's file, and its encoder. UserError when the file is another than the flags say."""
+    """The victim's file, and its encoder. UserError if the file differs from the flags."""
     if command.victim is None:
         raise UserError("no victim: give --pretrained PATH of its checkpoint, in any layout of docs/checkpoints.md")
     path = finding.find(command, "victim", "victim", {})

@@ -1,11 +1,10 @@
-"""Is this encoder stolen? Asks the rotation watermark in a victim, or the images that the victim was trained on.
+"""Is this encoder stolen? Tests for the victim's rotation watermark, or for its training images (dataset inference).
 
 python verify.py --method watermark --victim VICTIM.pth.tar --suspect SUSPECT.pth.tar --independent A.pth.tar B.pth.tar
 
-A suspect is called stolen when every test that the encoders given allow has a p-value below --level. Tests over images
-tell chance from a difference, however small; the test over encoders tells a copy's difference from those that encoders
-have by nature, and needs two or more that are independent of the victim. Where a test does not find the victim itself,
-it cannot decide anything.
+A suspect is called stolen if every test that the given encoders allow has a p-value below --level. Tests over images
+detect any difference, however small. The test over encoders compares a suspect with two or more encoders that are
+independent of the victim. A method that does not find the victim itself decides nothing.
 """
 
 import hashlib
@@ -28,14 +27,17 @@ from victim import version_of
 
 @dataclass(frozen=True)
 class Encoders(Settings):
-    """The encoders in question: checkpoints, run folders or run names."""
+    """The encoders to test: checkpoints, run folders or run names."""
 
     victim: Path | None = setting(
-        None, "the owner's encoder; for a watermark its file has the MLP", named=False, otherwise="the only victim"
+        None,
+        "the owner's encoder; a watermark needs a checkpoint with its MLP",
+        named=False,
+        otherwise="the only victim",
     )
-    suspect: Sequence[Path] | None = setting(None, "the encoders in question", read=Path, several=True, named=False)
+    suspect: Sequence[Path] | None = setting(None, "encoders to test", read=Path, several=True, named=False)
     independent: Sequence[Path] | None = setting(
-        None, "encoders that are surely no copies", read=Path, several=True, named=False
+        None, "encoders known to be independent of the victim", read=Path, several=True, named=False
     )
     title = "encoders"
 

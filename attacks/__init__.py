@@ -6,8 +6,8 @@
 
 An attack asks about N images, with V queries for each: the image itself, or V random views of it (`queryaug`). In a
 step the copy is shown what was sent, or with `useaug` fresh random views of the image (`copy_views` of them), which
-cost nothing. Its target is the answer to the same query or, where one answer stands for the image, that answer: with
-one query per image, or with `prototype`, the mean of the V answers.
+cost no queries. Its target is the answer to the same query. With one query per image, or with `prototype` (the mean of
+the V answers), a single answer is the target of all views of the image.
 """
 
 from collections.abc import Mapping
@@ -49,40 +49,40 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
 
 
 def _without_views(command: Command) -> str | None:
-    return None if command.useaug else "without --useaug: the copy sees what was sent"
+    return None if command.useaug else "without --useaug: the copy sees what the victim saw"
 
 
 @dataclass(frozen=True)
 class Attack(Settings):
     """What is asked and what the copy is shown.
 
-    `plain_first` is the loss's: the first row of an image that the copy sees is the image itself. `queryaug` None means
-    that views are sent where an image is asked about several times.
+    plain_first: set by the loss, if the first of an image's views is the image itself. queryaug: None sends random
+    views if there are several queries per image.
     """
 
-    attack: str = setting("direct", "published attack whose settings fill in what is not given", choices=ATTACKS)
+    attack: str = setting("direct", "published attack: its settings are the defaults", choices=ATTACKS)
     n_views: int = setting(1, "queries per image", at_least=1, otherwise="the attack's, or what the loss needs")
     queryaug: bool | None = setting(None, "send random views (default: with several queries per image)")
-    useaug: bool = setting(False, "the copy sees random views of its own, not what the victim saw")
+    useaug: bool = setting(False, "show the copy fresh random views instead of what the victim saw")
     copy_views: int = setting(
-        1, "how many views of its own per step", at_least=1, acts=_without_views, otherwise="--n-views"
+        1, "fresh views of an image per step", at_least=1, acts=_without_views, otherwise="--n-views"
     )
     prototype: bool = setting(
         False,
         "the mean answer to an image's queries is the target of all its views",
         acts=lambda command: None if command.n_views > 1 else "with one query per image",
     )
-    repeat: int = setting(1, "ask each query N times and take the mean answer", at_least=1)
-    restore: bool = setting(False, "undo poisoning, rounding, top-k and noise as far as all answers show them")
+    repeat: int = setting(1, "repeat each query N times and average the answers", at_least=1)
+    restore: bool = setting(False, "estimate and undo poisoning, rounding, top-k and noise in the answers")
     max_coverage: float | None = setting(
         None,
-        "choose queries that stay in few buckets, and stop when the attacker's hash table is X percent full",
+        "query images that fall into few buckets; stop when X percent of the attacker's buckets are occupied",
         above=0,
     )
-    sybils: int = setting(1, "ask as N accounts and align their answers", at_least=1)
+    sybils: int = setting(1, "spread the queries over N accounts and align their answers", at_least=1)
     shared: int = setting(
         0,
-        "queries that all sybils ask, to be aligned by",
+        "queries that every account repeats, for the alignment",
         at_least=0,
         otherwise="a twentieth of the budget",
         acts=lambda command: None if command.sybils > 1 else "without --sybils",
@@ -102,7 +102,7 @@ class Attack(Settings):
 
     @property
     def one_answer(self) -> bool:
-        """Whether one answer stands for an image, whatever the copy sees of it."""
+        """Whether a single answer is the target of all views of an image."""
         return self.n_views == 1 or (self.prototype and self.useaug)
 
     def images(self, num_queries: int) -> int:
@@ -119,15 +119,13 @@ class Attack(Settings):
         return count
 
     def check(self, loss: Loss) -> None:
-        """UserError when answers cannot be paired with what the copy sees, or the loss cannot work on it."""
+        """UserError where answers cannot be paired with the copy's views, or the loss cannot use these views."""
         if self.max_coverage is not None and (self.n_views > 1 or self.sybils > 1 or self.sends_views):
             raise UserError(
                 "--max-coverage chooses plain images for one account: leave out --n-views, --queryaug, --sybils"
             )
         if loss.plain_first and not self.one_answer:
-            raise UserError(
-                f"this loss has one answer for an image and its augmentations, not {self.n_views}: give --n-views 1"
-            )
+            raise UserError(f"this loss takes a single answer per image, not {self.n_views}: give --n-views 1")
         if self.useaug and not self.one_answer and self.copy_views != self.n_views:
             raise UserError(
                 f"{self.copy_views} views for the copy cannot be paired with {self.n_views} answers: give --copy-views "
@@ -154,12 +152,12 @@ class Heads(Settings):
     title = "training"
 
 
-# The settings by which an attack adapts to a published method or to a defence, for scripts whose attack does not.
+# Settings that only steal.py offers; other scripts leave them at their defaults.
 ADAPTIVE = ("attack", "queryaug", "prototype", "repeat", "restore", "max_coverage", "sybils", "shared")
 
 
 def use_attack(command: Command, loss: Loss, preset: Mapping[str, Any], num_queries: int) -> Attack:
-    """Put the attack into force: settings not given are the preset's, else follow from the loss and from each other."""
+    """Put the attack into force. Settings not given come from the preset, then from the loss and from each other."""
     layers: list[Mapping[str, Any]] = [preset, {"n_views": loss.min_views}]
 
     def value(name: str) -> Any:

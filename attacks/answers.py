@@ -1,4 +1,4 @@
-"""What an attack has paid for, and what it makes of it in a step of the copy's training."""
+"""The answers that an attack bought, and the copy's views and targets in each training step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from data_aug.images import Batch, Images, send
 
 @dataclass
 class Answers:
-    """The answers to M images, however they were bought.
+    """The answers to M images.
 
     index (M,): positions of the images in what the attacker chose from. images: the M images. sent: what the victim was
     sent, V * M views, view-major; `images` itself where these were sent. rows (V * M, D): the answers, in memory or in
@@ -34,10 +34,10 @@ class Answers:
         return len(self.index)
 
     def to(self, device: torch.device, refine: Callable[[Tensor], Tensor] | None = None) -> "Answers":
-        """The same on a device, as training uses them: refined, and the prototypes where they are what is matched."""
+        """The same on a device, refined, with the mean of each image's answers as its target if `prototype` is set."""
         if not isinstance(self.rows, Tensor):
             if refine or self.attack.prototype:
-                raise ValueError("answers that stay in a file are matched as they are: neither refined nor averaged")
+                raise ValueError("answers that stay in a file can be neither refined nor averaged")
             return self
         rows = self.rows.to(device)
         rows = refine(rows) if refine else rows
@@ -49,7 +49,7 @@ class Answers:
         return Answers(self.index, images, sent, rows, self.attack, self.sources, self.findings)
 
     def draw(self, draws: torch.Generator) -> ViewDraws | None:
-        """An epoch's table of draws: a row for each image and view that the copy is shown, if it sees its own."""
+        """With `useaug`: the epoch's table of draws, a row for each image and view that the copy is shown."""
         if not self.attack.useaug:
             return None
         height, width = self.images.size
@@ -58,7 +58,7 @@ class Answers:
     def batches(self, index: Sequence[Tensor], device: torch.device, share: Callable[[int], slice]) -> Iterator[Batch]:
         """Batches of the images at these indices: what was sent, or with `useaug` the images, each once.
 
-        The victim was sent one set of views, so images that are streamed are those of epoch 0 in all epochs.
+        Streamed views are those of epoch 0 in every epoch, since these were sent.
         """
         if self.attack.useaug or self.attack.n_views == 1:
             yield from (self.images if self.attack.useaug else self.sent).batches(index, device, 0, share)
@@ -69,8 +69,8 @@ class Answers:
             yield Batch(batch, local, self.sent.tensor[rows])
 
     def batch(self, batch: Batch, draws: ViewDraws | None) -> tuple[Tensor, Tensor]:
-        """What the copy is shown in a step, float (R * b, 3, H, W) of this process's b images of the batch, and the
-        targets (R * B, D) of all B images; R rows for each image, view-major.
+        """The views of a step, float (R * b, 3, H, W), for this process's b images of the batch, and the targets
+        (R * B, D) of all B images; R rows for each image, view-major.
 
         draws: the epoch's table of `draw`.
         """

@@ -1,4 +1,4 @@
-"""An attack's purchases: the one place where the settings of `Attack` become queries."""
+"""Buying answers: where the settings of `Attack` become queries."""
 
 from collections.abc import Callable
 
@@ -23,8 +23,8 @@ def buy(
 ) -> Answers:
     """Ask the client's victim about N images as the attack says.
 
-    An attacker who stays in few buckets asks about `count` of them, chosen by `features`: numbers (N, F) about the
-    images that it has for free. Images that are streamed are sent as they are, one query each.
+    With `max_coverage` it asks about `count` of them, chosen by the attacker's `features` (N, F) of all images, which
+    cost no queries. Streamed images are sent unchanged, with a single query each.
     """
     index = torch.arange(len(images))
     if attack.max_coverage is not None:

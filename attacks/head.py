@@ -1,4 +1,4 @@
-"""The attack that re-creates the victim's projection head first: its settings, and what its victim sells."""
+"""The attack that re-creates the victim's projection head first: its settings, and its victim's API."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +9,19 @@ from settings import Command, Settings, setting
 from utils import UserError
 from victim import Api
 
-# The copy sees what was sent, so there is nothing here for a loss about augmentations of its own.
+# The copy sees what was sent, so losses about fresh augmentations are left out.
 LOSSES = {name: loss for name, loss in STEAL_LOSSES.items() if not loss.plain_first}
 
 
 @dataclass(frozen=True)
 class Head(Settings):
-    """The head that is re-created, how it is trained, and the copy behind it."""
+    """The head to re-create, its training, and the copy's architecture."""
 
     archstolen: str = setting(
         "resnet34", f"the copy's architecture: {USUAL}", read=arch_name, flags=("-a", "--arch", "--archstolen")
     )
-    victimhead: bool = setting(False, "the victim sells its projections too; --losshead msewithhead needs them")
-    head_queries: int = setting(0, "share of the budget for the head", at_least=1, otherwise="half")
+    victimhead: bool = setting(False, "the API also returns projections, for --losshead msewithhead")
+    head_queries: int = setting(0, "queries for the head, part of the budget", at_least=1, otherwise="half")
     losshead: str = setting("infonce", "loss the head is trained with", choices=HEAD_LOSSES)
     lrhead: float = setting(1e-3, "Adam's learning rate for the head", above=0)
     epochshead: int = setting(200, "epochs of the head's training", at_least=1, otherwise="twice --epochs")
@@ -51,7 +51,7 @@ class Head(Settings):
 
 
 def open_api(command: Command, encoder: SimCLREncoder, path: Path) -> Api:
-    """What the victim sells: representations, or projections beside them. UserError where it cannot."""
+    """The victim's API: representations, or projections beside them. UserError where the victim has no projections."""
     if not command.victimhead:
         return Api(encoder)
     if not encoder.has_head:

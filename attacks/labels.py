@@ -1,4 +1,4 @@
-"""Stealing a classifier through its answers: the settings of steallabels.py, and its victim's linear layer."""
+"""Stealing a classifier through its answers: settings, and the victim's linear layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,12 @@ def _of_an_encoder(command: Command) -> str | None:
 
 @dataclass(frozen=True)
 class Labels(Settings):
-    """Which classifier is stolen, what it answers, and by what recipe."""
+    """Which classifier is stolen, what its API returns, and the recipe."""
 
     victimtype: str = setting("simclr", "kind of victim", choices=("simclr", "supervised"), title="victim")
     classifier: Path | None = setting(
         None,
-        "linear_eval.py's run or checkpoint of the victim's linear layer (default: the one that fits)",
+        "run or checkpoint of linear_eval.py with the victim's linear layer (default: found by the flags)",
         named=False,
         acts=_of_an_encoder,
         title="victim",
@@ -40,16 +40,16 @@ class Labels(Settings):
     archstolen: str = setting(
         "resnet18", f"the copy's architecture: {USUAL}", read=arch_name, flags=("-a", "--arch", "--archstolen")
     )
-    mode: str = setting("direct", "which recipe: the same as --losstype", choices=MODES)
+    mode: str = setting("direct", "recipe; another spelling of --losstype", choices=MODES)
     modeloutput: str = setting(
-        "labels", "what is answered", choices=("labels", "logits"), otherwise="labels; knockoff: logits"
+        "labels", "what the API returns", choices=("labels", "logits"), otherwise="labels; knockoff: logits"
     )
     num_test: int | None = setting(None, "test on the last N images only", at_least=1, title="data")
     title = "labels"
 
 
 def open_classifier(command: Command, victim: Path, encoder: SimCLREncoder) -> nn.Linear:
-    """The victim's linear layer: a supervised network's own, or the one that linear_eval.py trained on its encoder."""
+    """The victim's linear layer: the last layer of a supervised network, else the layer that linear_eval.py trained."""
     if command.victimtype == "supervised":
         return encoder.backbone.fc
     wanted = {"modeltype": "victim", "dataset_test": command.dataset_test, "probe": "linear", "finetune": False}

@@ -1,4 +1,4 @@
-"""Which images an attacker queries, and the views of them that it sends."""
+"""Which images an attacker queries, and which views of them it sends."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ def _on_another_data_set(command: Command) -> str | None:
 
 @dataclass(frozen=True)
 class QueryChoice(Settings):
-    """Which images are queried, and how many queries are paid for."""
+    """Which images are queried, and the budget."""
 
     datasetsteal: str = setting(
         "cifar10",
@@ -37,10 +37,13 @@ class QueryChoice(Settings):
         9000, "budget of the whole attack, in queries", at_least=1, flags=("--num_queries",), title="attack"
     )
     query_order: str = setting(
-        "first", "the first images, or random ones by the seed", choices=("first", "random"), title="attack"
+        "first", "query the first images, or random images (by the seed)", choices=("first", "random"), title="attack"
     )
     force: bool = setting(
-        False, "query the train split even of the victim's own data set", title="attack", acts=_on_another_data_set
+        False,
+        "query the train split of the victim's training data too",
+        title="attack",
+        acts=_on_another_data_set,
     )
     title = "attack"
 
@@ -50,8 +53,8 @@ def choose_queries(
 ) -> tuple[Stored, Tensor, Record]:
     """The attacker's images (N), their labels (N,), and the record of where they are from.
 
-    They are the first `count` images of `data_aug.datasets.load_queries`, or `count` random ones by the seed; or with
-    `everything` all images, for an attacker who chooses among them. UserError when there are fewer than `count`.
+    The images come from `data_aug.datasets.load_queries`: the first `count`, or random images (by the seed). With
+    `everything` they are all images, for an attacker who chooses among them. UserError for fewer than `count` images.
     """
     images, labels, split = load_queries(choice.datasetsteal, victim_dataset, root, choice.force)
     if count > len(images):
@@ -67,12 +70,12 @@ def choose_queries(
 
 @dataclass(frozen=True)
 class PictureChoice(Settings):
-    """Which images of any size are queried, and which view of each."""
+    """For images of any size: which split is queried, and which view of each image."""
 
     useval: bool = setting(False, "query the validation (or test) split instead of the training split")
     query_view: str = setting(
         "crop",
-        "what the victim is sent of an image, once: a random resized crop, perhaps mirrored, or its centre",
+        "view that is sent: a random resized crop with a random flip, or the centre",
         choices=VIEWS,
     )
     title = "attack"
@@ -81,7 +84,7 @@ class PictureChoice(Settings):
 def choose_pictures(
     choice: QueryChoice, which: PictureChoice, root: Path, size: int, workers: int, seed: int
 ) -> tuple[Streamed, Tensor, Record]:
-    """As `choose_queries`, of images of any size: views of size x size pixels are read when they are needed."""
+    """As `choose_queries` for images of any size: views of size x size pixels, read when they are needed."""
     split = "test" if which.useval else unlabelled_split(choice.datasetsteal)
     pictures = open_pictures(choice.datasetsteal, root, split)
     count = choice.num_queries
@@ -103,14 +106,14 @@ def choose_pictures(
 
 
 def query_order(order: str, total: int, count: int, seed: int) -> Tensor:
-    """Indices (count,) of the `first` or of `random` images of so many."""
+    """Indices (count,) of the `first` images, or of `random` images, among `total`."""
     if order == "random":
         return torch.randperm(total, generator=generator(seed, "query order"))[:count]
     return torch.arange(count)
 
 
 def queries_sent(images: Stored, attack: Attack, draws: torch.Generator) -> Stored:
-    """What the victim is sent, n_views * N images, view-major: as 8-bit images, since an API takes no others."""
+    """The n_views * N images that are sent, view-major, in 8 bits as an API takes them."""
     if not attack.sends_views:
         return Stored(images.tensor.repeat(attack.n_views, 1, 1, 1)) if attack.n_views > 1 else images
     sent = []

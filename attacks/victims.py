@@ -1,4 +1,4 @@
-"""Which victim is attacked and which copy is meant: their flags, and the encoders that these name."""
+"""Which victim and which copy: their flags, the encoders that these name, and the runs below an encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from training.run import Record, Run, open_run
 from utils import Precision
 from victim import version_of
 
-# Settings of a victim's run by which a copy's own flags name it.
+# Flags that name a copy's victim, and the settings of the victim's run that they stand for.
 VICTIM_SETTINGS = {"dataset": "dataset", "arch": "arch", "epochstrain": "epochs", "lossvictim": "losstype"}
 
 
 @dataclass(frozen=True)
 class VictimChoice(Settings):
-    """Which victim: its checkpoint, its run, or what it was trained with."""
+    """Which victim: its checkpoint, its run, or its training settings."""
 
     dataset: str = setting(
         "cifar10",
@@ -33,8 +33,8 @@ class VictimChoice(Settings):
     )
     victim: Path | None = setting(
         None,
-        "the victim's checkpoint, run folder or run name, or its number in the list of those that fit "
-        "(default: the one that fits the flags given)",
+        "the victim's checkpoint, run folder, run name, or number in the list of victims that fit the flags "
+        "(default: found by the flags)",
         named=False,
     )
     arch: str = setting(
@@ -53,12 +53,12 @@ class VictimChoice(Settings):
 
 @dataclass(frozen=True)
 class CopyChoice(Settings):
-    """Which copy; linear_eval.py finds it by any settings of the attack, the loss, the defence and `Copy` too."""
+    """Which copy. linear_eval.py also finds it by settings of the attack, the loss, the defence and `Copy`."""
 
     stolen: Path | None = setting(
         None,
-        "the copy's checkpoint, run folder or run name, or its number in the list of those that fit "
-        "(default: the one that fits the flags given)",
+        "the copy's checkpoint, run folder, run name, or number in the list of copies that fit the flags "
+        "(default: found by the flags)",
         named=False,
     )
     title = "encoder"
@@ -66,19 +66,19 @@ class CopyChoice(Settings):
 
 @dataclass(frozen=True)
 class Copy(Settings):
-    """What a copy is, and what its victim sells."""
+    """The copy's architecture and head, and what the victim's API returns."""
 
     archstolen: str = setting(
         "resnet34", f"the copy's architecture: {USUAL}", read=arch_name, otherwise="the attack's, else resnet34"
     )
-    victimhead: bool = setting(False, "the victim sells projections instead of representations")
-    stolenhead: bool = setting(False, "the copy matches the answers through a head of its own")
-    watermark: bool = setting(False, "steal a watermarked victim, and test the copy for the mark")
+    victimhead: bool = setting(False, "the victim's API returns projections instead of representations")
+    stolenhead: bool = setting(False, "give the copy a head, whose outputs match the answers")
+    watermark: bool = setting(False, "steal a watermarked victim, and test the copy for the watermark")
     title = "copy"
 
 
 def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimCLREncoder:
-    """The encoder of a checkpoint that was read; prints what a file that no run here wrote was taken for."""
+    """The encoder of a checkpoint. For a file from elsewhere, prints which layout was recognised."""
     encoder = encoder_from_checkpoint(checkpoint, str(path), arch)
     if "settings" not in checkpoint:
         print(f"{path}: {encoder.report}")
@@ -109,7 +109,7 @@ def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREnco
 
 
 def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Record, precision: Precision) -> Run:
-    """The run of an attack, below its victim's; prints what is done."""
+    """The run of an attack, below its victim's run; prints what is stolen and how."""
     run = open_run(command, home_of(victim, command.checkpoint_dir), precision, victim=str(victim))
     record.stolen_from = version_of(encoder)
     run.record = record
@@ -126,7 +126,7 @@ def open_evaluation(command: Command, path: Path, encoder: SimCLREncoder, precis
 
 
 def say_steal(command: Command, victim: Path, encoder: SimCLREncoder, dataset: str, *words: str) -> None:
-    """As `say_next`: steal this victim by queries from another data set than it was trained on."""
+    """As `say_next`: steal this victim with queries from another data set than its training data."""
     queries = ("--datasetsteal", "textures" if dataset == "shapes" else "svhn")
     copy = ("--archstolen", encoder.arch) if encoder.arch in ARCHITECTURES else ()
     say_next(command, "steal.py", "--victim", victim, *copy, *queries, "--losstype", "mse", *words)

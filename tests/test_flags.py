@@ -370,7 +370,8 @@ def test_flags_about_the_run_act(call, refused, tmp_path):
         for every in ("1", "2"):
             assert call(run, *line, every, "--workers", "1")[0] == 0
             assert torch.get_num_threads() == 1
-            events = EventAccumulator(str(tmp_path / "events"))
+            (folder,) = (tmp_path / "events").iterdir()
+            events = EventAccumulator(str(folder))
             events.Reload()
             points[every] = len(events.Scalars("step/loss"))
     finally:

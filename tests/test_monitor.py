@@ -70,7 +70,7 @@ def test_collapse_stops_at_the_end_of_the_epoch(tmp_path):
         for _ in range(4):
             epoch.add(torch.tensor(1.0), torch.ones(8, 5) + 1e-6 * torch.randn(8, 5))
         with pytest.raises(
-            UserError, match=r"collapsed to nearly one point in epoch 3: their spread is .* 0.45 is to be expected"
+            UserError, match=r"collapsed to nearly a point in epoch 3: their spread is .* 0.45 is to be expected"
         ):
             epoch.close()
 

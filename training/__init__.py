@@ -1,1 +1,1 @@
-"""How a model is trained: its recipe, its loss, the one loop, and what watches over it."""
+"""Training a model: recipe, objective, loop, monitoring, a run's folder, and finding earlier runs."""

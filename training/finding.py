@@ -42,7 +42,7 @@ def locate(path: Path, root: Path) -> Path:
     files = {place / CHECKPOINT for place in places if place.parts[-len(path.parts) :] == path.parts}
     found = sorted(file for file in files if file.exists())
     if len(found) > 1:
-        raise UserError(f"several runs are named {path}: {', '.join(map(str, found))}: give the path of one")
+        raise UserError(f"several runs are named {path}: {', '.join(map(str, found))}: give a path")
     return found[0] if found else path
 
 
@@ -161,7 +161,7 @@ def check_named(checkpoint: Mapping, path: Path, command: Command, named: Mappin
 
 
 def say_next(command: Command, script_name: str, *words: str | Path) -> None:
-    """Print the command that comes next, ready to paste, with the data root and the root of runs of this one."""
+    """Print the next command, ready to paste, with the same --data and --checkpoint-dir."""
     common = {"data": "-data", "checkpoint_dir": "--checkpoint-dir"}
     more = [str(word) for name, flag in common.items() if name in command.given for word in (flag, command.given[name])]
     shown = [str(relative(named(word))) if isinstance(word, Path) else word for word in words]

@@ -1,4 +1,4 @@
-"""The one training loop: its steps, what it saves, how it goes on after an interruption, in one process or in many."""
+"""The training loop: steps, checkpoints and resuming, in a single process or in several."""
 
 import contextlib
 import math
@@ -32,11 +32,10 @@ Loader = Callable[[Sequence[Tensor]], Iterable[Batch]]
 class Loop:
     """Trains `model`, in place, by a loss and a recipe, inside the folder of `run`.
 
-    `companion` is trained with the model, and kept in its checkpoint under `companion.checkpoint_key`: a copy's heads
-    for SimSiam's loss, or a victim's watermark. A run that is
-    resumed goes on from its last finished epoch, or, if it was told to stop, from the step where it stopped, and draws
-    what it would have drawn. In a job of several processes a batch is the job's, and the weights are, but for rounding,
-    those of one process.
+    `companion` is trained with the model, and saved in its checkpoint under `companion.checkpoint_key`: a copy's heads
+    for SimSiam's loss, or a victim's watermark. A resumed run continues after its last finished epoch, or from the step
+    at which a signal stopped it, with the draws that the uninterrupted run would have made. With several processes a
+    batch is shared among them, and the weights are those of a single process up to rounding.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Loop:
         self.optimizer = self._optimizer()
         self.scaler = self.precision.grad_scaler()
         self.first_epoch = 0
-        self.target_spread = math.inf  # of what the features have to match, if anything
+        self.target_spread = math.inf  # of the targets that the features have to match, if any
         self.resumed: dict = {}
         source = run.resume if isinstance(run.resume, Path) else run.checkpoint
         if isinstance(run.resume, Path) or (run.resume and source.exists()):
@@ -147,7 +146,7 @@ class Loop:
     # ---- its parts ----
 
     def _begun(self, epoch: int) -> dict:
-        """Where an epoch starts: at its first step, unless a run that was told to stop had begun it."""
+        """Where an epoch starts: at its first step, or where a signal stopped it."""
         begun = self.resumed.get("begun") if epoch == self.resumed.get("epoch") else None
         return begun or {"step": 0, "seen": ([], [])}
 
@@ -230,5 +229,5 @@ class Loop:
 
 
 def _closable(items: Iterable[Batch]) -> Iterator[Batch]:
-    """The items one after the other; closing it closes what loads them, such as the workers of a DataLoader."""
+    """Yields the items. Closing the generator closes their loader, such as the workers of a DataLoader."""
     yield from items

@@ -1,4 +1,4 @@
-"""Watching a training run without holding up the device: its loss, whether the features collapse, and the time left."""
+"""Monitoring training without synchronising with the device: loss, collapse of the features, and time left."""
 
 import math
 import time
@@ -14,10 +14,10 @@ from training.run import Run
 from utils import UserError, quiet
 
 # Reading the loss from a GPU makes the host wait, so it is read once in so many steps; on a CPU in each.
-STEPS_BETWEEN_LOOKS = 50
-# Unit rows spread evenly over the sphere have a standard deviation of 1 / sqrt(D) in each dimension. Features with less
-# than this part of it, on average over an epoch, have collapsed to nearly one point; or, where what they have to match
-# is less spread than that, with less than this part of its spread.
+STEPS_BETWEEN_READS = 50
+# Unit rows that are uniform on the sphere have a standard deviation of 1 / sqrt(D) per dimension. Features have
+# collapsed if their spread, averaged over an epoch, is below this fraction of it, or of the targets' spread if that is
+# smaller.
 COLLAPSED = 0.01
 
 
@@ -29,9 +29,10 @@ def spread_of(features: Tensor) -> Tensor:
 class Watch:
     """Watches an epoch of a run; a context manager that shows the progress.
 
-    It stops the run, by a UserError, at a loss that is not finite, and at the end of an epoch whose features have
-    collapsed. target_spread: of what the features have to match, if anything. seen: what `so_far` returned when the
-    epoch was interrupted. clock: when, and at which step of the whole run, this process began.
+    UserError for a loss that is not finite, and at the end of an epoch whose features have collapsed.
+
+    target_spread: spread of the targets that the features have to match, if any. seen: what `so_far` returned when the
+    epoch was interrupted. clock: the time and the step of the whole run at which this process began.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Watch:
         self.begun, self.started = len(self.losses), time.perf_counter()
         self.clock = clock or (self.started, epoch * steps + self.begun)
         on_cpu = run.precision.device.type == "cpu"
-        self.interval = 1 if on_cpu else min(STEPS_BETWEEN_LOOKS, recipe.print_freq or STEPS_BETWEEN_LOOKS)
+        self.interval = 1 if on_cpu else min(STEPS_BETWEEN_READS, recipe.print_freq or STEPS_BETWEEN_READS)
         self.pending: list[Tensor] = []
         self.even = 0.0  # the spread of rows that are evenly spread
 
@@ -76,10 +77,10 @@ class Watch:
         self.even = features.shape[1] ** -0.5 if len(features) > 1 else 0.0
         self.pending.append(torch.stack([loss, spread_of(features)]))
         if len(self.pending) >= self.interval:
-            self._look()
+            self._read()
         self.bar.update(self.recipe.batch_size)
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         for loss, spread in torch.stack(self.pending).tolist():
             step = len(self.losses)
             if not math.isfinite(loss):
@@ -118,7 +119,7 @@ class Watch:
     def so_far(self) -> tuple[list[float], list[float]]:
         """The losses and spreads of the epoch's steps until now."""
         if self.pending:
-            self._look()
+            self._read()
         return self.losses, self.spreads
 
     def close(self) -> tuple[float, float]:
@@ -127,7 +128,7 @@ class Watch:
         expected = min(self.even, self.target_spread)
         if spread < COLLAPSED * expected:
             raise UserError(
-                f"the features have collapsed to nearly one point in epoch {self.epoch + 1}: their spread is "
+                f"the features have collapsed to nearly a point in epoch {self.epoch + 1}: their spread is "
                 f"{spread:.2g}, {expected:.2g} is to be expected; give another --losstype or a smaller --lr "
                 f"(now {self.lr:.3g}); {self._kept()}"
             )

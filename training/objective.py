@@ -1,4 +1,4 @@
-"""What a loss is to the scripts and the training loop: a function with hyper-parameters, presets and needs."""
+"""A loss as scripts and the training loop see it: a function with hyper-parameters, presets and requirements."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ from settings import Command, Settings, setting, settings_of
 
 @dataclass(frozen=True)
 class LossChoice(Settings):
-    """Which loss: each script offers the losses of its own table."""
+    """Which loss. Each script has its table of losses to choose from."""
 
     losstype: str = setting("infonce", "loss")
     title = "training"
@@ -23,11 +23,12 @@ class LossChoice(Settings):
 class Loss:
     """A loss with its hyper-parameters as published, and what it needs: `loss(copy, victim, **arguments)`.
 
-    `settings` are hyper-parameters of its own, which become flags, each with the values bound by `bind`. A function
-    with an argument `views` gets the number of rows of each image, one with `labels` the labels of the batch's images.
-    At least `min_views` rows of each image are needed. With `plain_first` the first row is the image itself, the others
-    are augmentations of it; with `predictor` the loss compares the outputs of SimSiam's heads. `augment` names the
-    random views of a victim's training.
+    settings: its hyper-parameters, which become flags; values: their values, set by `bind`. min_views: the fewest rows
+    per image. plain_first: the first row of an image is the image itself, the others are augmentations. predictor: the
+    loss compares the outputs of SimSiam's heads. augment: the random views of a victim's training.
+
+    A function with an argument `views` gets the number of rows per image, a function with an argument `labels` the
+    labels of the batch's images.
     """
 
     function: Callable[..., Tensor]
@@ -82,5 +83,5 @@ class Loss:
 
     @staticmethod
     def absent(command: Command) -> str:
-        """Why the settings of a loss have no effect where another one is in force."""
+        """Why the settings of this loss have no effect where another loss is in force."""
         return f"with the loss {command.losstype}"

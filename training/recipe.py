@@ -1,4 +1,4 @@
-"""How a model is trained: the settings of optimisation, and the schedule of the learning rate."""
+"""Settings of optimisation, and the schedule of the learning rate."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,11 +9,11 @@ from settings import Command, Settings, setting
 
 @dataclass(frozen=True)
 class Protocol(Settings):
-    """Whose schedule and protocol a run follows, for scripts that can follow either."""
+    """The standard or the released schedule and protocol, for scripts that have both."""
 
     recipe: str = setting(
         "standard",
-        "released: the schedule, re-asking and evaluation protocol of the 2022 code",
+        "released: the schedule, repeated queries and evaluation protocol of the 2022 code",
         choices=("standard", "released"),
     )
     title = "run"
@@ -21,9 +21,9 @@ class Protocol(Settings):
 
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """How a model is trained. Where neither the command line nor an attack has a value, the loss has one.
+    """How a model is trained. The defaults of a run are those of its attack, then of its loss.
 
-    seed: of every random draw. recipe: see `Protocol`; `released` changes the schedule, see `learning_rate`.
+    seed: seeds every random draw. recipe: see `Protocol`; `released` changes the schedule, see `learning_rate`.
     """
 
     epochs: int = setting(100, "epochs", at_least=1)
@@ -46,7 +46,9 @@ class Recipe(Settings):
     print_freq: int | None = setting(
         None, "steps between printed lines (default: none)", at_least=1, flags=("-p", "--print-freq"), named=False
     )
-    logdir: Path | None = setting(None, "folder for tensorboard events (default: the run's)", named=False)
+    logdir: Path | None = setting(
+        None, "root of tensorboard events, with a folder per run (default: the run's folder)", named=False
+    )
     seed: int = 0
     recipe: str = "standard"
     title = "training"
@@ -54,12 +56,12 @@ class Recipe(Settings):
 
 @dataclass(frozen=True)
 class LargeScale(Settings):
-    """SGD as ImageNet scale has it: a learning rate for 256 images, a cosine from the first epoch on, LARS."""
+    """SGD at ImageNet scale: learning rate per 256 images, cosine from the first epoch, optional LARS."""
 
     size: int = setting(224, "side of the views, in pixels", at_least=1, title="data")
-    lars: bool = setting(False, "scale each layer's step by its weights, the same as --optimizer lars")
+    lars: bool = setting(False, "the same as --optimizer lars")
     start_epoch: int = setting(0, "epoch to begin with", at_least=0)
-    evaluate: bool = setting(False, "judge only, by the layer that was trained", flags=("-e", "--evaluate"))
+    evaluate: bool = setting(False, "evaluate the layer trained before", flags=("-e", "--evaluate"))
     title = "training"
 
 

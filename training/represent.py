@@ -1,4 +1,4 @@
-"""Representations of images by a frozen encoder: the one way in which everything that is measured reads an encoder."""
+"""Representations of images by a frozen encoder, as every evaluation uses them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +36,9 @@ def represent(
 ) -> Tensor:
     """Representations (N, D) of N images by the frozen encoder, on the encoder's device.
 
-    images: uint8 or float (N, 3, H, W), or any `Images`. output: a method of the encoder to call instead of it, such as
-    `encoder.project`. dtype: float16 for images that are many. Each process of a job represents its share of
-    every batch; all get all rows.
+    images: uint8 or float (N, 3, H, W), or any `Images`. output: a method of the encoder to call instead, such as
+    `encoder.project`. dtype: float16 halves the memory for many images. Each process of a job computes its share of
+    every batch; all of them get all rows.
     """
     precision = precision or Precision("fp32", next(encoder.parameters()).device)
     hidden = True if isinstance(images, Tensor | Stored) else quiet()

@@ -76,7 +76,7 @@ class Record:
 
 
 class Run:
-    """The folder of one experiment, what it is (`config`) and how it is run.
+    """An experiment: its folder, its configuration, and how it is run.
 
     config.yml (the values in force, commit, versions, device), checkpoint.pth.tar, metrics.jsonl (a line per record),
     run.log and tensorboard events, which go to a folder of the run's name below `events` where that is given. Making a
@@ -110,7 +110,7 @@ class Run:
         self._logger = logging.getLogger(f"run.{folder}")
 
     def below(self, name: str, kind: str | None = None) -> "Run":
-        """The run of a part of this one, in a folder below its folder."""
+        """The run of a part of this experiment, in a sub-folder."""
         config = {**self.config, **({"kind": kind} if kind else {})}
         return Run(self.folder / name, self.precision, config, self.resume, self.clear)
 
