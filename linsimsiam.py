@@ -25,7 +25,7 @@ from settings import Command, Parser
 from training import finding
 from training.objective import LossChoice
 from training.recipe import LargeScale, Recipe, use_large_recipe
-from training.run import Record
+from training.record import Record
 
 SOUGHT = [Sought(owner, "stolen") for owner in (victims.CopyChoice, QueryChoice, LossChoice)]
 

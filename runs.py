@@ -3,11 +3,10 @@
 python runs.py
 """
 
-import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from files.reading import read_lines
 from jobs.ending import script
 from settings import Parser, Settings, setting
 from training.finding import runs_below
@@ -24,10 +23,7 @@ class Listing(Settings):
 def main() -> None:
     root = Parser(__doc__, [Listing]).parse().use(Listing).checkpoint_dir
     results = root / "results.jsonl"
-    rows = []
-    for line in results.read_text().splitlines() if results.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    rows = read_lines(results) if results.exists() else []
     found = runs_below(root)
     if not found:
         raise UserError(f"no runs in {root}: python run.py trains a victim, or give --checkpoint-dir DIR")
@@ -38,7 +34,7 @@ def main() -> None:
             # By the end of its path: the folder of all runs may have been moved.
             place = run.relative_to(root).parts
             for row in rows:
-                if Path(row.get("checkpoint") or "").parts[-len(place) :] == place:
+                if Path(str(row.get("checkpoint"))).parts[-len(place) :] == place:
                     print(f"        {as_row(row)}")
 
 

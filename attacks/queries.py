@@ -11,7 +11,7 @@ from data_aug.augment import random_views
 from data_aug.datasets import DATASET_NAMES, check_name, load_queries, unlabelled_split
 from data_aug.images import VIEWS, Stored, Streamed, Views, open_pictures
 from settings import Command, Settings, setting
-from training.run import Record
+from training.record import Record
 from utils import UserError, generator
 
 

@@ -11,7 +11,8 @@ from models import ARCHITECTURES, USUAL, SimCLREncoder, arch_name, read_checkpoi
 from models.checkpoint import encoder_from_checkpoint
 from settings import Command, Settings, setting
 from training.finding import check_finished, check_named, find, home_of, say_next
-from training.run import Record, Run, open_run
+from training.record import Record
+from training.run import Run, open_run
 from utils import Precision
 from victim import version_of
 

@@ -20,8 +20,9 @@ from models import SimCLREncoder
 from settings import Command, Settings, setting
 from simclr import SimCLR
 from training.recipe import Recipe
+from training.record import Record
 from training.represent import represent
-from training.run import Record, Run
+from training.run import Run
 from utils import Precision, seeded
 
 Others = dict[str, tuple[str, SimCLREncoder]]  # a copy's victim and an independent encoder, each with its name

@@ -17,8 +17,9 @@ from settings import Command, Settings, setting
 from simclr import SimCLR
 from training import finding
 from training.recipe import Recipe
+from training.record import Record
 from training.represent import represent
-from training.run import Record, Run
+from training.run import Run
 from utils import Precision, UserError, seeded
 
 # Flags that select a copy, with the setting of its run that each refers to.

@@ -16,8 +16,8 @@ from loss import TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
 from settings import Command, Settings, setting
 from training import finding
+from training.record import Record
 from training.represent import represent
-from training.run import Record
 from utils import Precision, UserError
 from victim import version_of
 

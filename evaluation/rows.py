@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from models import SimCLREncoder
-from training.run import Record
+from training.record import Record
 
 
 def rounded(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data_aug.datasets import HELD_OUT, load_labelled
 from data_aug.images import Pictures
-from training.run import Record
+from training.record import Record
 from utils import UserError
 from victim import image_digests
 

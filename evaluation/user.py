@@ -12,7 +12,7 @@ from data_aug.images import Stored
 from evaluation.probes import Labelled, logistic_regression, mlp_probe
 from evaluation.test_images import load_test
 from settings import Settings, setting
-from training.run import Record
+from training.record import Record
 from utils import Precision, UserError
 from victim import AnyVictim, digest_tensor
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from evaluation.ownership import METHODS, Candidate, Figures, OwnershipTest
 from evaluation.statistics import roc
-from training.run import CHECKPOINT, Record, Run
+from training.record import Record
+from training.run import CHECKPOINT, Run
 
 
 def judge_all(test: OwnershipTest, candidates: Sequence[Candidate]) -> None:

@@ -25,7 +25,7 @@ from evaluation import (
 )
 from evaluation.test_images import unqueried_positions
 from models import build_encoder
-from training.run import Record
+from training.record import Record
 from utils import Precision, UserError, seeded
 from victim import digest_tensor
 

@@ -20,7 +20,8 @@ from settings import Parser
 from tests.conftest import call_main
 from training import finding
 from training.finding import check_finished, home_of, locate
-from training.run import Record, run_name
+from training.record import Record
+from training.run import run_name
 from utils import UserError
 
 

@@ -12,7 +12,8 @@ from models import read_checkpoint
 from tests.conftest import Applied
 from tests.networks import FP32, losses, same, small_encoder, steal, trainer, weights
 from training.recipe import Recipe, learning_rate
-from training.run import Record, Run
+from training.record import Record
+from training.run import Run
 from utils import UserError, generator
 from victim import Victim
 
@@ -193,7 +194,8 @@ def test_a_finished_copy_that_is_resumed_keeps_its_record(tmp_path, images, enco
 
 
 def test_a_record_of_2025_has_its_defences_report_under_another_name():
-    record = Record.of({"met": {"poisoning_poisoned": 3.0}, "ledger": {}, "query_digests": torch.zeros(2, 16)})
+    digests = torch.zeros(2, 16, dtype=torch.uint8)
+    record = Record.of({"met": {"poisoning_poisoned": 3.0}, "ledger": {}, "query_digests": digests})
     assert record.defence_report == {"poisoning_poisoned": 3.0}
     assert record.state_dict().keys() == {"query_digests", "defence_report"}
     assert Record.of({"met": {"a": 1.0}, "defence_report": {"a": 2.0}}).defence_report == {"a": 2.0}

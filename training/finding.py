@@ -1,17 +1,16 @@
 """Finding what earlier runs made: by path, by a run's name, or by the settings that a command line gives."""
 
-import contextlib
+import glob
 import hashlib
 import os
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from settings import Command
-from training.run import CHECKPOINT, NAME_BYTES, plain, relative
+from training.run import CHECKPOINT, NAME_BYTES, plain, read_config, relative
 from utils import UserError
 
 # ---- places ----------------------------------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ def locate(path: Path, root: Path) -> Path:
     """
     if path.is_file() or (path.is_dir() and not (path / CHECKPOINT).exists()):
         return path
-    places = [path] if path.is_dir() else [root / path, *root.rglob(path.name)]
+    places = [path] if path.is_dir() else [root / path, *root.rglob(glob.escape(path.name) or ".")]
     files = {place / CHECKPOINT for place in places if place.parts[-len(path.parts) :] == path.parts}
     found = sorted(file for file in files if file.exists())
     if len(found) > 1:
@@ -63,11 +62,12 @@ def runs_below(root: Path, kind: str | None = None) -> dict[Path, dict]:
 
 
 def _read_config(path: Path) -> dict:
-    """A run's config.yml; empty for a file of that name that is something else."""
-    content = None
-    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
-        content = yaml.safe_load(path.read_text())
-    return content if isinstance(content, dict) else {}
+    """A run's config.yml; empty, with a line that says so, where it cannot be read."""
+    try:
+        return read_config(path)
+    except UserError as error:
+        print(f"{error}: this run is left out", file=sys.stderr)
+        return {}
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from settings import Command, Settings, setting
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def use_large_recipe(command: Command, batch_size: int) -> Recipe:
         "optimizer": "lars" if large.lars else "sgd",
     }
     recipe = command.use(Recipe, presets, seed=command.seed)
+    if large.start_epoch >= recipe.epochs and not large.evaluate:
+        raise UserError(f"--start-epoch {large.start_epoch} is beyond the end of --epochs {recipe.epochs}")
     return replace(recipe, lr=recipe.lr * recipe.batch_size / 256)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what it is, what it writes, and what a checkpoint says of where a model comes from."""
+"""The folder of a run: its name, what it is, and what it writes."""
 
 import contextlib
 import hashlib
@@ -8,68 +8,22 @@ import os
 import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
-from files.reading import read_lines, read_yaml
+from files.reading import checked, read_lines, read_yaml, table, text
 from files.writing import add_line, atomic_path, lock, put_line
 from settings import Command
+from training.record import Record
 from utils import Precision, UserError, first_process, provenance
 
 CHECKPOINT = "checkpoint.pth.tar"
 NAME_BYTES = 200  # of a folder's name; file systems end at 255, and some cut earlier
+
+
 _SPELT = {"num_queries": "{}q", "epochs": "{}ep", "seed": "seed{}"}
-
-
-# ---- what was asked --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Record:
-    """What a checkpoint says of where a model comes from: the images, and what a copy's attacker asked of whom.
-
-    images: how many a victim was trained on. query_set: data set, split and number of the images queried, query_indices
-    (N,) their positions in that split, query_digests (N, 16) those of the pixels sent. ledger: the victim's record.
-    defence_report: the defences' figures. stolen_from, victim_version: the weights of the encoder and of its API.
-    """
-
-    images: int | None = None
-    query_set: dict | None = None
-    query_indices: Tensor | None = None
-    stolen_from: str | None = None
-    victim_version: str | None = None
-    ledger: dict = field(default_factory=dict)
-    query_digests: Tensor | None = None
-    defence_report: dict[str, float] = field(default_factory=dict)
-
-    def state_dict(self) -> dict:
-        """The entries of a checkpoint; those without a value are left out."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: value for name, value in values.items() if value is not None and value != {}}
-
-    def load_state_dict(self, checkpoint: Mapping) -> None:
-        """Take the entries that a checkpoint has; until 2026 `defence_report` was called `met`."""
-        for entry in fields(self):
-            if entry.name in checkpoint:
-                setattr(self, entry.name, checkpoint[entry.name])
-        self.defence_report = checkpoint.get("defence_report", checkpoint.get("met", self.defence_report))
-
-    @classmethod
-    def of(cls, checkpoint: Mapping) -> "Record":
-        record = cls()
-        record.load_state_dict(checkpoint)
-        return record
-
-    def figures(self) -> dict[str, Any]:
-        """Queries, distinct images queried, and the defences' figures, for a row."""
-        accounts = self.ledger.values()
-        digests = {bytes(row) for account in accounts for row in account["images"].view(-1, 16).numpy()}
-        queries = sum(account["queries"] for account in accounts)
-        return {"queries": queries, "distinct": len(digests), **self.defence_report}
 
 
 # ---- a run's folder --------------------------------------------------------------------------------------------------
@@ -215,6 +169,12 @@ class Run:
             self._lock = None
 
 
+def read_config(path: Path) -> dict:
+    """A run's config.yml, with `kind` and `settings` where it has them. UserError for another file."""
+    fields = {"kind": text(), "settings": table()}
+    return checked(read_yaml(path, "a run's config.yml"), fields, str(path))
+
+
 def open_run(command: Command, parent: Path, precision: Precision, **more: Any) -> Run:
     """The run of a command, in the folder of its name below `parent`, with everything in force for its config.yml.
 
@@ -226,11 +186,13 @@ def open_run(command: Command, parent: Path, precision: Precision, **more: Any) 
     results = command.checkpoint_dir / "results.jsonl"
     events = command.logdir if "logdir" in command.parser.settings else None
     run = Run(parent / run_name(command), precision, config, command.resume, command.clear, events, results)
+    if events and events.exists() and not events.is_dir():
+        raise UserError(f"--logdir {events} is a file: give a folder")
     run.decisive = {name for name in settings if _decides(command, name)}
     if command.resume is True and not run.folder.exists():
         print(f"--resume: nothing is in {relative(run.folder)}, so it begins anew")
     elif command.resume is True and (run.folder / "config.yml").exists():
-        for name, value in run.differences(read_yaml(run.folder / "config.yml", "a run's config.yml")).items():
+        for name, value in run.differences(read_config(run.folder / "config.yml")).items():
             raise UserError(
                 f"{relative(run.folder)} was begun with {name} {value}, not {settings[name]}: "
                 f"leave out --resume to begin anew"
