@@ -64,7 +64,9 @@ class Setting:
 
     def _in_range(self, value: float) -> bool:
         limits = [(holds, getattr(self, name)) for name, (_, holds) in _LIMITS.items()]
-        return math.isfinite(value) and all(limit is None or holds(value, limit) for holds, limit in limits)
+        # A whole number has 64 bits wherever it goes.
+        finite = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+        return finite and all(limit is None or holds(value, limit) for holds, limit in limits)
 
     @property
     def range(self) -> str:
@@ -83,6 +85,8 @@ class Setting:
     def parse(self, text: str) -> Any:
         """The value that a command line's text stands for. ArgumentTypeError for one that cannot be."""
         try:
+            if "\0" in text:
+                raise UserError(f"{text!r} has a NUL character")
             value = (self.read or (read_switch if self.kind is bool else self.kind))(text)
             valid = self.read or not isinstance(value, int | float) or self._in_range(value)
         except UserError as error:
