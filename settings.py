@@ -11,7 +11,6 @@ command.refuse_idle()                                                   # UserEr
 
 import argparse
 import dataclasses
-import math
 import operator
 import sys
 import types
@@ -64,9 +63,7 @@ class Setting:
 
     def _in_range(self, value: float) -> bool:
         limits = [(holds, getattr(self, name)) for name, (_, holds) in _LIMITS.items()]
-        # A whole number has 64 bits wherever it goes.
-        finite = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
-        return finite and all(limit is None or holds(value, limit) for holds, limit in limits)
+        return abs(value) < 2**63 and all(limit is None or holds(value, limit) for holds, limit in limits)
 
     @property
     def range(self) -> str:

@@ -164,14 +164,14 @@ class SimCLR(Loop):
             return self._buy(victim, images, attack, count, epoch, keep).to(self.device, refine)
 
         bought = None if released else ask()
-        if bought:
+        if bought is not None:
             count = len(bought)
             self._check_batch(count)
             labels = labels[bought.index] if labels is not None else None
         value = self._loss_of(attack.views, labels)
 
         def prepare(epoch: int) -> tuple[Loader, BatchLoss]:
-            answers = bought or ask(epoch)
+            answers = ask(epoch) if bought is None else bought
             if not self.companion:
                 some = torch.arange(min(SPREAD_ROWS, len(answers.rows)))
                 self.target_spread = spread_of(answers.targets(some, self.device)).item()

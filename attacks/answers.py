@@ -96,11 +96,11 @@ class Answers:
         sent = images if sent_too else self.sent[keep.repeat(len(self.sent) // len(self)).nonzero()[:, 0]]
         return Answers(self.index[keep], images, sent, rows, self.attack, self.sources, [*self.findings, *findings])
 
-    def without_losses(self) -> "Answers":
-        """Without the images that have no answer, or not to all their views: see `Client.ask`."""
+    def without_losses(self, lost: int) -> "Answers":
+        """Without the images of which an answer is missing, after so many were `lost`: see `Client.ask`."""
         stored = isinstance(self.rows, Tensor)
         there = ~self.rows.isnan().any(dim=1) if stored else self.rows.records >= 0
         keep = there.view(-1, len(self)).all(dim=0)
         of_these = keep.repeat(len(there) // len(self))
         rows = self.rows[of_these] if stored else Kept(self.rows.answers, self.rows.records[of_these])
-        return self.only(keep, rows, f"{(~keep).sum()} images are left out: their answers were lost in a stop")
+        return self.only(keep, rows, f"{lost} answers were lost in a stop: {(~keep).sum()} images are left out")

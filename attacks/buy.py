@@ -39,5 +39,5 @@ def buy(
         else:
             rows, findings = client.ask(sent, sources), []
         bought = Answers(index, images, sent, rows, attack, client.sources, findings)
-    bought = bought.without_losses() if client.lost else bought
+    bought = bought.without_losses(client.lost) if client.lost else bought
     return restore_answers(bought) if attack.restore else bought

@@ -78,10 +78,14 @@ class Client:
         float32 on the CPU, or `Kept` in the file. After a loss the last answers may be missing, because the budget does
         not cover them: these rows are NaN. Stopped when a signal came: the answers so far are kept.
         """
-        total = self._ask(images, sources, account)
-        for _ in range(self.repeat - 1):
-            total = total + self._ask(images, sources, account)
-        return total / self.repeat if self.repeat > 1 else total
+        if self.repeat == 1:
+            return self._ask(images, sources, account)
+        total, count = torch.zeros(len(images), self.victim.dim), torch.zeros(len(images), 1)
+        for _ in range(self.repeat):
+            rows = self._ask(images, sources, account)
+            there = ~rows.isnan().any(dim=1, keepdim=True)
+            total, count = total + torch.where(there, rows, 0.0), count + there
+        return total / count
 
     def _ask(self, images: Images, sources: Tensor, account: str) -> Tensor | Kept:
         """The answers to each image, asked once."""

@@ -65,6 +65,8 @@ def put_line(path: Path, line: Mapping[str, Any], keys: tuple[str, ...]) -> None
     """
     wanted = {key: line[key] for key in keys}
     with locked(path.parent):
+        for cut in path.parent.glob(f".{path.name}.*.tmp"):  # a kill while the file was written
+            cut.unlink()
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = [old for old in lines if not _has(old, wanted)]
         if len(kept) < len(lines):

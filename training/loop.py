@@ -99,10 +99,11 @@ class Loop:
                 self._step(loss)
             mean, spread = watch.close()
         seconds = time.perf_counter() - started
-        self._save(epoch + 1)
         speed = len(batches) * recipe.batch_size / seconds
         values = {"loss": mean, "spread": spread, "lr": lr, "images_per_second": speed}
+        # Before the checkpoint: a run that resumes from an earlier one drops the line, and makes it again.
         self.run.log((epoch + 1) * steps, {"epoch": epoch, **values, "seconds": seconds})
+        self._save(epoch + 1)
         self.run.say(
             f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.4f}  spread {spread:.4f}  lr {lr:.3g}  "
             f"{speed:.0f} images/s"
@@ -130,6 +131,7 @@ class Loop:
         """Open the run's folder; False when a resumed run is finished already."""
         if self.first_epoch >= self.recipe.epochs:
             print(f"{relative(self.run.folder)} has all {self.recipe.epochs} epochs already")
+            self._forget_answers()
             return False
         self.run.start(self.first_epoch)
         if not self.run.resume:

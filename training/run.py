@@ -82,6 +82,8 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder)
+        for cut in self.folder.glob(".*.tmp"):  # a kill while a file was written
+            cut.unlink()
         if self.clear and from_epoch == 0:
             for old in [self.folder / "run.log", self.metrics, *self._events.glob("events.out.tfevents.*")]:
                 old.unlink(missing_ok=True)
