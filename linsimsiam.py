@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jobs.early  # noqa: F401
 from attacks import victims
 from attacks.queries import QueryChoice
 from data_aug.datasets import Data

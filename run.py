@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 run.py --dataset cifar10 --epochs 200 --arch resnet3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jobs.early  # noqa: F401
 from attacks import victims
 from data_aug.datasets import (
     DATASET_NAMES,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import jobs.early  # noqa: F401
 from attacks import ADAPTIVE, Attack, victims
 from attacks.head import LOSSES, Head, open_api
 from attacks.queries import QueryChoice, choose_queries
@@ -71,14 +72,8 @@ def recreate_head(command: Command, answers: Tensor, images: int, run: Run) -> n
     dim = answers.shape[1] - command.out_dim if head.victimhead else answers.shape[1]
     with seeded(command.seed, "head"):
         model = projection_head(dim, command.out_dim)
-    recipe = dataclasses.replace(
-        command[Recipe],
-        epochs=head.epochshead,
-        batch_size=min(loss.batch_size, images),
-        lr=head.lrhead,
-        weight_decay=loss.weight_decay,
-        optimizer=loss.optimizer,
-    )
+    values = {**loss.presets, "batch_size": min(loss.batch_size, images), "lr": head.lrhead}
+    recipe = dataclasses.replace(command[Recipe], epochs=head.epochshead, **values)
     trainer = SimCLR(model, command.all(Loss)[1], recipe, run)
     trainer.train_head(rows[:, :dim], rows[:, dim:] if head.victimhead else None, command.n_views)
     return model.eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+import jobs.early  # noqa: F401
 from attacks import victims
 from attacks.labels import MODES, Labels, open_classifier
 from attacks.queries import QueryChoice, choose_queries

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 stealsimsiam.py --pretrained models/checkpoint_0099-
 from collections.abc import Sequence
 from pathlib import Path
 
+import jobs.early  # noqa: F401
 from attacks import ADAPTIVE, Attack, Heads, victims
 from attacks.queries import PictureChoice, QueryChoice, choose_pictures
 from data_aug.datasets import Data

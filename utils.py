@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Signals by which a scheduler announces that it will stop a job; Windows has no SIGUSR1.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# Signals that tell a job to stop: a scheduler's, Ctrl-C, and a terminal that is closed. Windows lacks some.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class UserError(Exception):
@@ -32,8 +34,9 @@ def first_process() -> bool:
 
 def first_by_launcher() -> bool:
     """Whether this is rank 0 according to the launcher's environment; only rank 0 reports usage errors."""
-    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    return int(os.environ.get("RANK") or (several and os.environ.get("SLURM_PROCID")) or 0) == 0
+    several = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    rank = os.environ.get("RANK") or (several and os.environ.get("SLURM_PROCID")) or "0"
+    return not rank.isdecimal() or int(rank) == 0  # every process complains of a rank that is none
 
 
 def quiet() -> bool | None:
@@ -72,7 +75,7 @@ def choose_device(name: str = "auto", gpu_index: int = 0) -> torch.device:
         name = f"cuda:{gpu_index}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # `meta` has devices without memory
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used, give --device cpu: {str(error).splitlines()[0]}") from None
     return device

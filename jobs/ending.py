@@ -20,9 +20,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from jobs.early import SAVED
 from utils import STOP_SIGNALS, UserError, first_by_launcher
 
-SAVED = 75  # exit code: progress is saved, the same command with --resume goes on (EX_TEMPFAIL of sysexits.h)
 UNREAD = 141  # exit code: nobody reads the output any more, as a shell reports SIGPIPE
 LOOK_EVERY = 0.5  # seconds between looks at the job's store
 SILENT_FOR = 30.0  # seconds without a sign of life after which a process counts as dead
@@ -38,9 +38,9 @@ class Stopped(Exception):
 def script(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates a script's main(): what the user can mend is printed as one line, with exit code 2.
 
-    On SIGTERM or SIGUSR1 the script exits with code SAVED: at once, or inside `deferred()` when the work in progress is
-    saved. When the reader of the output has gone (`| head -n 1`), the next print ends the script with code UNREAD. When
-    one process of a job fails, all of them end with its exit code.
+    On a signal to stop the script exits with code SAVED: at once, or inside `deferred()` when the work in progress is
+    saved; a second Ctrl-C does not wait for that. When the reader of the output has gone (`| head -n 1`), the next
+    print ends the script with code UNREAD. When one process of a job fails, all of them end with its exit code.
     """
 
     @functools.wraps(main)
@@ -70,13 +70,14 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, Stopped):
         return SAVED, f"{error}\n"
     if isinstance(error, KeyboardInterrupt):
-        return 130, ""
+        return 130, "stopped at once by a second Ctrl-C\n"
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None), None
     if isinstance(error, UserError):
         return 2, _one_line(str(error))
-    if isinstance(error, torch.OutOfMemoryError):
-        return 2, _one_line(f"out of device memory, give a smaller --batch-size: {error}")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_too_large(error):
+        said = str(error).splitlines()[0] if str(error) else "no memory is left"
+        return 2, _one_line(f"out of memory, give a smaller --batch-size or smaller data: {said}")
     if isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr)):
         return UNREAD, ""
     if isinstance(error, PermissionError):
@@ -86,6 +87,20 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
     if _membership and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GONE):
         return 1, _one_line("another process of the job died without a message, as when it is killed or out of memory")
     return 1, None
+
+
+# What torch says of sizes that cannot be had.
+_TOO_LARGE = (
+    "can't allocate memory",
+    "not enough memory",
+    "size calculation overflow",
+    "integer multiplication overflow",
+)
+_TOO_LARGE += ("Storage size", "too large", "Invalid buffer size", "could not create a memory object")
+
+
+def _is_too_large(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError | OverflowError) and any(sign in str(error) for sign in _TOO_LARGE)
 
 
 # What gloo and the store say when the process at the other end is no more.
@@ -146,6 +161,8 @@ def _listening() -> Iterator[None]:
     def receive(number: int, frame: object) -> None:
         if os.getpid() != owner:
             return  # a DataLoader's worker: its parent has the signal too, and decides when the worker ends
+        if _Signals.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         _Signals.received = signal.Signals(number).name
         if not _Signals.deferred:
             raise Stopped(f"stopped by {_Signals.received}")
@@ -154,7 +171,8 @@ def _listening() -> Iterator[None]:
         yield
         return
     _Signals.received, _Signals.deferred = None, 0
-    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, receive) for number in heard}
     try:
         yield
     finally:
@@ -203,7 +221,7 @@ class _Membership:
             except (RuntimeError, dist.DistNetworkError):  # the process that hosts the store is gone
                 # A launcher that hosts the store exits when it is told to, while its processes have yet to save.
                 if not self.leaving.wait(LOOK_EVERY if self.hosted_by_process else SILENT_FOR):
-                    self._end(1, "")
+                    self._end(1, _one_line("the process of rank 0, or the launcher, is gone without a message"))
 
     def _sign_of(self, other: int, signs: int, when: float) -> tuple[int, float]:
         """A process's signs of life so far, and when the last one came; its silence is a failure of the job."""

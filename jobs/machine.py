@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from jobs.place import Processes, refuse_several, set_up_job
 from settings import Command, Settings, read_switch, setting
@@ -60,7 +61,7 @@ class Threads(Settings):
 
     workers: int | None = setting(
         None,
-        "CPU threads",
+        "CPU threads; another number changes the last digits of weights, so --resume takes that of the run",
         at_least=1,
         flags=("-j", "--workers"),
         otherwise="all cores",
@@ -78,6 +79,8 @@ def set_up(command: Command) -> tuple[Machine, Precision]:
     """
     machine = _in_force(command, Machine)
     place = set_up_job(_in_force(command, Processes)) if Processes in command.parser.owners else refuse_several()
+    if place:
+        _check_flags(command, place.rank)
     machine = _settle_precision(command, machine)
     if "gpu_index" in command.given:
         reason = command.why_idle("gpu_index") if machine.gpu_index else None
@@ -100,6 +103,20 @@ def set_up(command: Command) -> tuple[Machine, Precision]:
         if device.index is not None:
             torch.cuda.set_device(device)
     return machine, Precision.choose(machine.precision, device)
+
+
+def _check_flags(command: Command, rank: int) -> None:
+    """UserError that names a flag which this process of the job has otherwise than rank 0."""
+    mine = {name: str(value) for name, value in command.given.items() if name not in ("rank", "gpu_index", "dist_url")}
+    given = [None] * dist.get_world_size()
+    dist.all_gather_object(given, mine)
+    for name in sorted(given[0].keys() | mine.keys()):
+        first, here = (flags.get(name, "left out") for flags in (given[0], mine))
+        if first != here:
+            flag = command.parser.settings[name].flag
+            raise UserError(
+                f"{flag} is {first} in process 0 of the job, {here} in process {rank}: give all the same flags"
+            )
 
 
 def _in_force(command: Command, owner: type[Settings]) -> Settings:

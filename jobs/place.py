@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 steal.py ...        srun --ntasks 8 python steal.py 
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,44 +63,59 @@ class Place:
 def find_place(environment: Mapping[str, str], processes: Processes) -> Place | None:
     """This process's place by torchrun's variables, Slurm's, or the flags of 2022, in this order; None if it is alone.
 
-    UserError for flags that name no place.
+    UserError for variables or flags that name no place.
     """
+    if processes.world_size == 0:
+        raise UserError("--world-size 0 is no number of processes: leave it out, or give 1 or more")
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _place_of_torchrun(environment)
+        place = _place_of_torchrun(environment)
     # A batch script itself runs outside of any step: only srun makes several processes.
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return _place_of_slurm(environment)
-    if processes.world_size > 1:
-        return _place_of_flags(processes)
-    return None
+    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1, at_least=1) > 1:
+        place = _place_of_slurm(environment)
+    else:
+        place = _place_of_flags(processes) if processes.world_size > 1 else None
+    return place if place and place.processes > 1 else None
 
 
-def _place_of_torchrun(environment: Mapping[str, str]) -> Place | None:
-    processes = int(environment["WORLD_SIZE"])
-    if processes == 1:
-        return None
+def _number(
+    environment: Mapping[str, str], name: str, otherwise: int, at_least: int = 0, below: int | None = None
+) -> int:
+    """The whole number in a launcher's variable. UserError for something else, or for one out of range."""
+    text = environment.get(name, str(otherwise))
+    if not text.isdecimal() or int(text) < at_least or (below is not None and int(text) >= below):
+        to = "" if below is None else f" to {below - 1}"
+        raise UserError(f"the variable {name} is {text!r}, not a number from {at_least}{to}: unset or correct it")
+    return int(text)
+
+
+def _place_of_torchrun(environment: Mapping[str, str]) -> Place:
+    processes = _number(environment, "WORLD_SIZE", 1, at_least=1)
     return Place(
-        int(environment["RANK"]),
+        _number(environment, "RANK", 0, below=processes),
         processes,
-        int(environment.get("LOCAL_RANK", "0")),
-        int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        _number(environment, "LOCAL_RANK", 0),
+        _number(environment, "LOCAL_WORLD_SIZE", 1, at_least=1),
         environment.get("MASTER_ADDR", "127.0.0.1"),
-        int(environment.get("MASTER_PORT", "29500")),
+        _number(environment, "MASTER_PORT", 29500, at_least=1, below=2**16),
         environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
 def _place_of_slurm(environment: Mapping[str, str]) -> Place:
-    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
+    processes = _number(environment, "SLURM_STEP_NUM_TASKS", 1, at_least=1)
+    job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
     here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_NTASKS_PER_NODE", "1"))
+    if "SLURM_PROCID" not in environment:
+        raise UserError("the variable SLURM_PROCID is not set: start the script by srun")
+    # Steps that share a machine need different ports.
+    port = 20000 + (10 * job + step) % 20000
     return Place(
-        int(environment["SLURM_PROCID"]),
-        int(environment["SLURM_STEP_NUM_TASKS"]),
-        int(environment.get("SLURM_LOCALID", "0")),
-        int(re.match(r"\d+", here).group()),
+        _number(environment, "SLURM_PROCID", 0, below=processes),
+        processes,
+        _number(environment, "SLURM_LOCALID", 0),
+        int(re.match(r"\d*", here).group() or 1),
         environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-        # Steps that share a machine need different ports.
-        int(environment.get("MASTER_PORT") or 20000 + (10 * job + step) % 20000),
+        _number(environment, "MASTER_PORT", port, at_least=1, below=2**16) if environment.get("MASTER_PORT") else port,
     )
 
 
@@ -116,6 +132,8 @@ def _place_of_flags(processes: Processes) -> Place:
             f"--dist-url {processes.dist_url} is not tcp://ADDRESS:PORT of the process of --rank 0: "
             f"give it, or use torchrun"
         )
+    if not 0 < int(found[2]) < 2**16:
+        raise UserError(f"--dist-url {processes.dist_url} has no port from 1 to {2**16 - 1}: choose another")
     if not 0 <= processes.rank < processes.world_size:
         raise UserError(
             f"--rank {processes.rank} is none of the {processes.world_size} of --world-size: give 0 or more"
@@ -140,6 +158,10 @@ def set_up_job(processes: Processes) -> Place | None:
         raise UserError("--dist-backend nccl needs GPUs, there is none: leave it out")
     if place.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        socket.getaddrinfo(place.address, place.port)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"no host {place.address!r}, where rank 0 should listen: {error}") from None
     try:
         stores = [_store(place, host) for host in (place.rank == 0 and not place.hosted, False)]
     except (RuntimeError, dist.DistNetworkError) as error:

@@ -11,15 +11,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from files.reading import checked, read_lines, read_yaml, table, text
+from files.reading import checked, number, read_lines, read_yaml, table, text
 from files.writing import add_line, atomic_path, lock, put_line
 from settings import Command
 from training.record import Record
 from utils import Precision, UserError, first_process, provenance
 
 CHECKPOINT = "checkpoint.pth.tar"
+MOST_THREADS = 1024  # that a stored configuration may ask for
 NAME_BYTES = 200  # of a folder's name; file systems end at 255, and some cut earlier
 
 
@@ -173,7 +175,7 @@ class Run:
 
 def read_config(path: Path) -> dict:
     """A run's config.yml, with `kind` and `settings` where it has them. UserError for another file."""
-    fields = {"kind": text(), "settings": table()}
+    fields = {"kind": text(), "settings": table(), "threads": number(whole=True, at_least=1)}
     return checked(read_yaml(path, "a run's config.yml"), fields, str(path))
 
 
@@ -184,21 +186,30 @@ def open_run(command: Command, parent: Path, precision: Precision, **more: Any) 
     and was begun with other settings; where there is nothing to resume, that is said.
     """
     settings = {name: plain(value) for name, value in {**command.config(), **more}.items()}
-    config = {"kind": command.parser.kind, "settings": settings, "provenance": provenance(precision)}
+    folder = parent / run_name(command)
+    begun = folder / "config.yml" if command.resume is True else None
+    before = read_config(begun) if begun and begun.exists() else {}
+    threads = before.get("threads", 0)
+    if 0 < threads <= MOST_THREADS and threads != torch.get_num_threads() and "workers" not in command.given:
+        print(f"--resume: {threads} CPU threads, as before")  # another number would change the weights' last digits
+        torch.set_num_threads(threads)
+    config = {
+        "kind": command.parser.kind,
+        "settings": settings,
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(precision),
+    }
     results = command.checkpoint_dir / "results.jsonl"
     events = command.logdir if "logdir" in command.parser.settings else None
-    run = Run(parent / run_name(command), precision, config, command.resume, command.clear, events, results)
+    run = Run(folder, precision, config, command.resume, command.clear, events, results)
     if events and events.exists() and not events.is_dir():
         raise UserError(f"--logdir {events} is a file: give a folder")
     run.decisive = {name for name in settings if _decides(command, name)}
-    if command.resume is True and not run.folder.exists():
-        print(f"--resume: nothing is in {relative(run.folder)}, so it begins anew")
-    elif command.resume is True and (run.folder / "config.yml").exists():
-        for name, value in run.differences(read_config(run.folder / "config.yml")).items():
-            raise UserError(
-                f"{relative(run.folder)} was begun with {name} {value}, not {settings[name]}: "
-                f"leave out --resume to begin anew"
-            )
+    if command.resume is True and not folder.exists():
+        print(f"--resume: nothing is in {relative(folder)}, so it begins anew")
+    for name, value in run.differences(before).items():
+        other = f"{name} {value}, not {settings[name]}"
+        raise UserError(f"{relative(folder)} was begun with {other}: leave out --resume to begin anew")
     return run
 
 
