@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from evaluation.figures import neighbour_picture
 from files.writing import atomic_path
 from jobs.ending import script

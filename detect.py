@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from attacks import victims
 from data_aug.datasets import Data, load_labelled
 from defenses.detection import Detection

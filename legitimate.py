@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jobs.early  # noqa: F401
+
 from attacks import victims
 from data_aug.datasets import DATASET_NAMES, Data, check_name
 from defenses import DEFENCES, Defence, DefenceChoice, use_defences

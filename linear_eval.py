@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from attacks import victims
 from data_aug.datasets import Data
 from evaluation.downstream import Downstream, Others, instead_of_probe, judge_encoder, load_images, open_others

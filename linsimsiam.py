@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from attacks import victims
 from attacks.queries import QueryChoice
 from data_aug.datasets import Data

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from experiments.runner import Experiment, Runner, picture, results_table, run_all
 from files.writing import atomic_path
 from jobs.ending import script

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from files.reading import read_lines
 from jobs.ending import script
 from settings import Parser, Settings, setting

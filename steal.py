@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 steal.py --datasetsteal svhn --losstype mse --num_qu
 from collections.abc import Sequence
 
 import jobs.early  # noqa: F401
+
 from attacks import ATTACKS, Attack, Heads, use_attack, victims
 from attacks.queries import QueryChoice, choose_queries
 from data_aug.datasets import Data

@@ -9,10 +9,11 @@ re-created head's outputs for the answers. Both phases share the budget; phase 2
 import dataclasses
 from collections.abc import Sequence
 
+import jobs.early  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 
-import jobs.early  # noqa: F401
 from attacks import ADAPTIVE, Attack, victims
 from attacks.head import LOSSES, Head, open_api
 from attacks.queries import QueryChoice, choose_queries

@@ -8,9 +8,10 @@ The victim is a linear layer on a frozen encoder, trained by linear_eval.py, or 
 import time
 from collections.abc import Sequence
 
+import jobs.early  # noqa: F401
+
 import torch
 
-import jobs.early  # noqa: F401
 from attacks import victims
 from attacks.labels import MODES, Labels, open_classifier
 from attacks.queries import QueryChoice, choose_queries

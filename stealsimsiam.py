@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from attacks import ADAPTIVE, Attack, Heads, victims
 from attacks.queries import PictureChoice, QueryChoice, choose_pictures
 from data_aug.datasets import Data

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jobs.early  # noqa: F401
+
 from data_aug.datasets import Data
 from evaluation.ownership import METHODS, OwnershipTest, dataset_of, measure_all, open_candidates
 from evaluation.verdict import add_verdict_rows, detection_rates, judge_all, verdict_lines, verdict_table

@@ -17,10 +17,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+from jobs.early import SAVED
+
 import torch
 import torch.distributed as dist
 
-from jobs.early import SAVED
 from utils import STOP_SIGNALS, UserError, first_by_launcher
 
 UNREAD = 141  # exit code: nobody reads the output any more, as a shell reports SIGPIPE
@@ -233,7 +234,8 @@ class _Membership:
     def fail(self, code: int, text: str | None) -> None:
         """End this process, and with it the job. The text is printed unless another process failed before."""
         self.leaving.set()
-        said = self.rank > 0  # without a store to ask, rank 0 prints
+        # Without a store to ask rank 0 prints; where it was the host, it is gone, and the others do.
+        said = self.rank > 0 and not self.hosted_by_process
         with contextlib.suppress(RuntimeError):
             if text is None or code == 1:  # perhaps a consequence of another failure: let that process print first
                 time.sleep(2 * LOOK_EVERY)

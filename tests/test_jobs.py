@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from jobs.machine import Machine, Threads, set_up
-from jobs.place import Place, Processes, find_place, first_host, refuse_several
+from jobs.place import Place, Processes, find_place, first_host, refuse_several, set_up_job
 from settings import Parser
 from tests import jobs
 from training.run import run_name
-from utils import UserError
+from utils import UserError, first_by_launcher
 
 # ---- who this is -----------------------------------------------------------------------------------------------------
 
@@ -61,6 +61,46 @@ def test_the_first_host_of_a_list_of_slurm(nodes, first):
 def test_flags_that_name_no_place(flags, named):
     with pytest.raises(UserError, match=named):
         find_place({}, Processes(**{"world_size": 2, **flags}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', not a number from 0 to 1"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2', not a number from 0 to 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a number from 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK is 'a'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "0"}, "MASTER_PORT is '0', not a number from 1 to 65535"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999999"}, "MASTER_PORT is '99999999'"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS is 'x'"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": ""}, "SLURM_PROCID is ''"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1_3"}, "SLURM_JOB_ID is '1_3'"),
+    ],
+)
+def test_variables_that_name_no_place(variables, said, monkeypatch):
+    with pytest.raises(UserError, match=said):
+        find_place(variables, Processes())
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    first_by_launcher()  # who says it
+
+
+def test_a_job_of_no_processes_is_refused():
+    with pytest.raises(UserError, match="--world-size 0"):
+        find_place({}, Processes(world_size=0))
+
+
+def test_a_host_that_is_not_there_is_said_at_once(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "no host")
+    with pytest.raises(UserError, match="no host 'no host', where rank 0 should listen"):
+        set_up_job(Processes())
 
 
 def test_a_script_that_works_alone_refuses_to_be_one_of_many(monkeypatch):
