@@ -12,7 +12,8 @@ from pathlib import Path
 
 import jobs.early  # noqa: F401
 
-from experiments.runner import Experiment, Runner, picture, results_table, run_all
+from experiments.experiment import Experiment
+from experiments.runner import Runner, picture, results_table, run_all
 from files.writing import atomic_path
 from jobs.ending import script
 from settings import Command, Parser, Settings, setting
@@ -42,7 +43,8 @@ def main() -> None:
     experiment = Experiment(command.given["experiment"])
     folder = (command.results / experiment.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    rows = run_all(experiment, Runner(folder, command.jobs), command.jobs)
+    with Runner(folder, command.jobs) as runner:
+        rows = run_all(experiment, runner)
     text = results_table(rows)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(text + "\n")

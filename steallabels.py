@@ -17,6 +17,7 @@ from attacks.labels import MODES, Labels, open_classifier
 from attacks.queries import QueryChoice, choose_queries
 from data_aug.datasets import Data
 from evaluation.fidelity import classifier_figures
+from evaluation.rows import attack_figures
 from evaluation.test_images import load_test
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
@@ -51,9 +52,8 @@ def make_parser() -> Parser:
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    given = command.given
-    if {"losstype", "mode"} <= given.keys() and MODES[given["mode"]] != given["losstype"]:
-        raise UserError(f"--mode {given['mode']} and --losstype {given['losstype']} contradict each other: give one")
+    if {"losstype", "mode"} <= command.given.keys() and MODES[command.mode] != command.losstype:
+        raise UserError(f"--mode {command.mode} and --losstype {command.losstype} contradict each other: give one")
     command.use_all(Data, victims.VictimChoice, Machine, Threads, QueryChoice)
     losstype = command.use(LossChoice, {"losstype": MODES[command.mode]}).losstype
     command.use(Labels, {"modeloutput": "logits" if losstype == "knockoff" else "labels"})
@@ -63,7 +63,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
     supervised = command.victimtype == "supervised"
     command.refuse_idle(lossvictim="with --victimtype supervised" if supervised else None)
     if supervised:
-        if "dataset_test" in given and given["dataset_test"] != command.dataset:
+        if command.given.get("dataset_test", command.dataset) != command.dataset:
             raise UserError(f"a supervised victim classifies its own data set: give --dataset-test {command.dataset}")
         command.set(dataset_test=command.dataset, lossvictim="supervised")
     return command
@@ -93,7 +93,7 @@ def main() -> None:
         return
     # Before anything is paid for: are there test images that were not queried?
     record.query_digests = digest_tensor(images.tensor)
-    test, labels, queried = load_test(command.dataset_test, command.data, record, command.num_test)
+    test, labels, queried = load_test(command.dataset_test, command.data, record, number=command.num_test)
     if len(labels) and int(labels.max()) >= victim.dim:
         raise UserError(
             f"{command.dataset_test} has more classes than the victim's {victim.dim}: give its --dataset-test"
@@ -107,7 +107,7 @@ def main() -> None:
         **{"model": "stolen", "attack": "steallabels", "arch": command.archstolen, "losstype": command.losstype},
         **{"modeloutput": command.modeloutput, "downstream": command.dataset_test},
         **{name: round(value, 6) for name, value in figures.items()},
-        **{"test_images": len(labels), "test_images_queried": queried, **run.record.figures()},
+        **{"test_images": len(labels), "test_images_queried": queried, **attack_figures(run.record)},
         **{"seed": machine.seed, "seconds": round(time.perf_counter() - started, 1)},
         **{"checkpoint": str(run.checkpoint), **run.config["provenance"]},
     }

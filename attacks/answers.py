@@ -11,6 +11,7 @@ from attacks.records import Kept
 from data_aug.augment import ViewDraws, apply_views, draw_views, rows_of
 from data_aug.datasets import to_float
 from data_aug.images import Batch, Images, send
+from utils import UserError
 
 
 @dataclass
@@ -101,6 +102,8 @@ class Answers:
         stored = isinstance(self.rows, Tensor)
         there = ~self.rows.isnan().any(dim=1) if stored else self.rows.records >= 0
         keep = there.view(-1, len(self)).all(dim=0)
+        if not keep.any():
+            raise UserError(f"{lost} answers were lost in a stop, and no image has all of its own: leave out --resume")
         of_these = keep.repeat(len(there) // len(self))
         rows = self.rows[of_these] if stored else Kept(self.rows.answers, self.rows.records[of_these])
         return self.only(keep, rows, f"{lost} answers were lost in a stop: {(~keep).sum()} images are left out")

@@ -1,7 +1,6 @@
 """Runs experiments/*.yaml: every attack against every defence, both sides judged, as a table and a picture."""
 
 import itertools
-import json
 import os
 import re
 import shlex
@@ -10,127 +9,91 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
-
-from files.writing import atomic_path
+from experiments.experiment import Attacker, Experiment, Point
+from files.reading import list_of, optional, read_lines, record, table, text
+from files.writing import add_line, atomic_path
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent.parent  # the folder of the scripts
-KEYS = {"about", "common", "victim", "independent", "steal", "judge", "user", "detect", "verify"}
-KEYS |= {"attacks", "defences", "seeds"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A defence at a strength: its name, the strength if the experiment varies it, and its flags."""
-
-    defence: str
-    strength: float | None
-    flags: str
-
-    def __str__(self) -> str:
-        return self.defence if self.strength is None else f"{self.defence} {self.strength:g}"
-
-
-@dataclass(frozen=True)
-class Attacker:
-    """An attack's flags, the defences that it is run against (default: all), and detect.py's name for its stream.
-
-    `judge`: further flags for judging its copies.
-    """
-
-    name: str
-    flags: str
-    against: tuple[str, ...] = ()
-    stream: str = "task_plain_coverage"
-    judge: str = ""
-
-
-class Experiment:
-    """The parts of a YAML file; its table crosses `points` and `attacks`."""
-
-    def __init__(self, path: Path):
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
-        unknown = set(content) - KEYS if isinstance(content, dict) else {"a list or text"}
-        missing = {"victim", "steal", "judge", "user", "attacks", "defences"} - set(content or ())
-        if unknown or missing:
-            raise UserError(f"{path}: unknown {sorted(unknown) or 'nothing'}, missing {sorted(missing) or 'nothing'}")
-        self.name, self.content = path.stem, content
-        self.seeds = content.get("seeds", [0])
-        self.points = [point for name, value in content["defences"].items() for point in _points(name, value)]
-        self.attacks = [
-            Attacker(name, value) if isinstance(value, str) else Attacker(name, **{**value, "against": _tuple(value)})
-            for name, value in content["attacks"].items()
-        ]
-        known = set(content["defences"])
-        for attack in self.attacks:
-            if set(attack.against) - known:
-                raise UserError(f"{path}: the attack {attack.name!r} is against {attack.against}: no such defence")
-
-    def flags(self, part: str) -> str:
-        return f"{self.content.get('common', '')} {self.content.get(part, '')}"
-
-    def pairs(self) -> list[tuple[Attacker, Point]]:
-        return [(a, p) for p in self.points for a in self.attacks if not a.against or p.defence in a.against]
-
-
-def _tuple(attack: Mapping) -> tuple[str, ...]:
-    return tuple(attack.get("against", ()))
-
-
-def _points(name: str, value: str | Mapping) -> list[Point]:
-    if isinstance(value, str):
-        return [Point(name, None, value)]
-    return [Point(name, strength, f"{value['flags']} {value['vary']} {strength}") for strength in value["values"]]
 
 
 class Runner:
     """Runs scripts, `jobs` at a time, and remembers their results by command line.
 
     The results of finished scripts are saved in `folder`/done.jsonl, so that a restarted runner does not repeat them.
+    As a context manager it stops the scripts that run, which save, and starts no others, when its block is left.
     """
 
     def __init__(self, folder: Path, jobs: int):
         self.root, self.workers = folder / "checkpoints", max(1, cores() // jobs)
         self.file = folder / "done.jsonl"
+        self.pool = ThreadPoolExecutor(jobs)
         self.lock = threading.Lock()
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.done = {entry["command"]: entry for entry in map(json.loads, lines)}
+        self.running: set[subprocess.Popen] = set()
+        self.stopped = False
+        lines = read_lines(self.file) if self.file.exists() else []
+        self.done = {line["command"]: line for line in lines if not _FINISHED(line)}
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.stopped = True
+            for child in self.running:
+                child.terminate()
+        for child in tuple(self.running):
+            child.wait()
+        self.pool.shutdown(cancel_futures=True)
 
     def __call__(self, line: str) -> dict:
         """{"path": the checkpoint that the script names, "rows": the rows that it wrote}. UserError when it fails."""
-        command = " ".join(shlex.split(line))
+        command = shlex.join(shlex.split(line))
         if command in self.done:
             return self.done[command]
         words = [*shlex.split(line), "--checkpoint-dir", str(self.root), "--workers", str(self.workers)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.workers)}
-        print(f"$ python {command}", flush=True)
-        called = [sys.executable, *words]
-        ended = subprocess.run(called, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            last = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
+        code, out, err = self._run(words, command)
+        if code:
+            last = (err.strip() or out.strip()).splitlines()[-1:]
             raise UserError(f"`python {command}` failed: {' '.join(last)}")
-        entry = {"command": command, "path": _path_in(ended.stdout), "rows": self._rows(" ".join(words))}
-        with self.lock, self.file.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        entry = {"command": command, "path": _path_in(out), "rows": self._rows(" ".join(words))}
+        with self.lock:
+            add_line(self.file, entry)
         return entry
+
+    def _run(self, words: Sequence[str], command: str) -> tuple[int, str, str]:
+        """The exit code of a script, and what it printed."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.workers)}
+        with self.lock:
+            if self.stopped:
+                raise CancelledError
+            print(f"$ python {command}", flush=True)
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            child = subprocess.Popen([sys.executable, *words], cwd=HERE, env=environment, **pipes)
+            self.running.add(child)
+        out, err = child.communicate()
+        with self.lock:
+            self.running.discard(child)
+            if self.stopped:
+                raise CancelledError
+        return child.returncode, out, err
 
     def _rows(self, command: str) -> list[dict]:
         """The rows that a command wrote."""
         results = self.root / "results.jsonl"
-        lines = results.read_text().splitlines() if results.exists() else []
-        return [row for row in map(json.loads, lines) if row.get("command") == command]
+        rows = read_lines(results) if results.exists() else []
+        return [row for row in rows if row.get("command") == command]
 
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# A line of done.jsonl; others are left out, and their scripts run again.
+_FINISHED = record(command=text(), path=optional(text()), rows=list_of(table()))
 
 
 def _path_in(output: str) -> str | None:
@@ -139,39 +102,39 @@ def _path_in(output: str) -> str | None:
     return str(HERE / named[-1]) if named else None
 
 
-def run_all(experiment: Experiment, runner: Runner, jobs: int) -> list[dict]:
+def run_all(experiment: Experiment, runner: Runner) -> list[dict]:
     """Run everything that the experiment specifies; returns a row for each attack, defence, strength and seed."""
     victim = runner(f"run.py {experiment.flags('victim')} --resume")["path"]
-    of_victim = f"--victim {victim}"
+    of_victim = f"--victim {shlex.quote(victim)}"
 
     def copied(attack: Attacker, point: Point, seed: int) -> dict:
         line = f"steal.py {experiment.flags('steal')} {of_victim} {attack.flags} {point.flags} --seed {seed} --resume"
         copy = runner(line)["path"]
-        line = f"linear_eval.py {experiment.flags('judge')} {attack.judge} --modeltype stolen --stolen {copy}"
-        judged = runner(line)["rows"][-1]
+        judge = f"linear_eval.py {experiment.flags('judge')} {attack.judge} --modeltype stolen"
+        judged = runner(f"{judge} --stolen {shlex.quote(copy)}")["rows"][-1]
         return {"attack": attack, "point": point, "seed": seed, "copy": judged, "path": copy}
 
     def user(point: Point) -> dict:
         return runner(f"legitimate.py {experiment.flags('user')} {of_victim} {point.flags}")["rows"][-1]
 
-    with ThreadPoolExecutor(jobs) as pool:
-        others = [
-            pool.submit(runner, f"run.py {experiment.content.get('common', '')} {flags} --resume")
-            for flags in experiment.content.get("independent", [])
-        ]
-        users = {point: pool.submit(user, point) for point in experiment.points}
-        copies = [
-            pool.submit(copied, attack, point, seed)
-            for attack, point in experiment.pairs()
-            for seed in experiment.seeds
-        ]
-        rows = [{**copy.result(), "user": users[copy.result()["point"]].result()} for copy in copies]
-        independent = [other.result()["path"] for other in others]
+    common = experiment.content.get("common", "")
+    others = [
+        runner.pool.submit(runner, f"run.py {common} {flags} --resume")
+        for flags in experiment.content.get("independent", [])
+    ]
+    users = {point: runner.pool.submit(user, point) for point in experiment.points}
+    copies = [
+        runner.pool.submit(copied, attack, point, seed)
+        for attack, point in experiment.pairs()
+        for seed in experiment.seeds
+    ]
+    rows = [{**copy.result(), "user": users[copy.result()["point"]].result()} for copy in copies]
+    independent = [shlex.quote(other.result()["path"]) for other in others]
     if "detect" in experiment.content:
         seen = runner(f"detect.py {experiment.flags('detect')} {of_victim}")["rows"][-1]
         rows = [{**row, "detection": seen} for row in rows]
     if "verify" in experiment.content:
-        suspects = " ".join(row["path"] for row in rows)
+        suspects = " ".join(shlex.quote(row["path"]) for row in rows)
         line = f"verify.py {experiment.flags('verify')} {of_victim} --suspect {suspects}"
         verified = runner(f"{line} --independent {' '.join(independent)}" if independent else line)["rows"]
         by_path = {row["checkpoint"]: row for row in verified}

@@ -6,6 +6,7 @@ content = checked(read_yaml(path, "a run's config.yml"), {"kind": text(), "setti
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ MOST = 10**6  # values in a file of text
 
 @contextlib.contextmanager
 def reading(path: Path | str, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a UserError: the path, what it should be, and the first line of the error."""
+    """Whatever goes wrong inside becomes a UserError: the path, what it should be, and the first line of the error.
+
+    Libraries' warnings about the file are not shown.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except UserError:
         raise
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} cannot be read as {what}: {lines[0][:200]}") from None
 
 
@@ -45,6 +51,16 @@ def read_yaml(path: Path, what: str) -> dict:
             raise UserError(f"{path} is not {what}: it has no keys")
         if sum(1 for _, _ in zip(_values(content), range(MOST + 1), strict=False)) > MOST:
             raise UserError(f"{path} is not {what}: it has more than {MOST:,} values")
+        return content
+
+
+def read_json(path: Path, what: str) -> dict:
+    """A mapping from a file of JSON."""
+    with reading(path, what):
+        _check_file(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is not {what}, but holds a {type(content).__name__}")
         return content
 
 
@@ -109,13 +125,17 @@ def switch() -> Check:
     return lambda value: None if isinstance(value, bool) else "true or false"
 
 
-def number(whole: bool = False, at_least: float | None = None, finite: bool = True) -> Check:
+def number(
+    whole: bool = False, at_least: float | None = None, at_most: float | None = None, finite: bool = True
+) -> Check:
     """A number, or a whole number, that is finite unless `finite` says otherwise."""
     words = ("a whole number" if whole else "a number") + (f" of at least {at_least:g}" if at_least is not None else "")
+    words += f" and at most {at_most:g}" if at_most is not None else ""
 
     def check(value: Any) -> str | None:
         kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         fits = kind and (abs(value) < 2**63 or not finite) and (at_least is None or value >= at_least)
+        fits = fits and (at_most is None or value <= at_most)
         return None if fits else words
 
     return check
@@ -133,6 +153,17 @@ def table(values: Check | None = None) -> Check:
     return check
 
 
+def list_of(values: Check, at_least: int = 0) -> Check:
+    """A list of values, of which there are at least so many."""
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list) or len(value) < at_least:
+            return f"a list of at least {at_least} values" if at_least else "a list"
+        return next((f"a list of {wanted}" for wanted in map(values, value) if wanted), None)
+
+    return check
+
+
 def record(**fields: Check) -> Check:
     """A mapping that has all of these keys, each by its check."""
 
@@ -145,12 +176,34 @@ def record(**fields: Check) -> Check:
     return check
 
 
+def optional(check: Check) -> Check:
+    """None, or what the check wants."""
+    return lambda value: None if value is None else check(value)
+
+
+def normalisation(value: Any) -> str | None:
+    """The check of a mean and a standard deviation, three numbers each."""
+
+    def three(part: Any) -> bool:
+        return isinstance(part, list | tuple) and len(part) == 3 and not any(map(number(), part))
+
+    fits = isinstance(value, list | tuple) and len(value) == 2 and all(map(three, value)) and min(value[1]) > 0
+    return None if fits else "a mean and a deviation above 0, of three numbers each"
+
+
+def dense(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all stored: a view of a single number may have any shape."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def tensor(dtype: torch.dtype, dims: tuple[int | None, ...]) -> Check:
     """A tensor of this type, of these sizes (None: any), in finite numbers."""
 
     def check(value: Any) -> str | None:
         fits = (
-            isinstance(value, Tensor)
+            dense(value)
             and value.dtype == dtype
             and value.ndim == len(dims)
             and all(size in (None, there) for size, there in zip(dims, value.shape, strict=True))

@@ -2,12 +2,15 @@
 
 import json
 import sys
+import time
+from concurrent.futures import CancelledError
 
 import pytest
 import yaml
 
 import reproduce
-from experiments.runner import Attacker, Experiment, Point, _curve, results_table
+from experiments.experiment import Attacker, Experiment, Point
+from experiments.runner import Runner, _curve, results_table
 from tests.conftest import ROOT
 from utils import UserError
 
@@ -60,8 +63,72 @@ def test_what_an_experiment_lacks_is_named(write, tmp_path):
     (tmp_path / "half.yaml").write_text("victim: x\n")
     with pytest.raises(UserError, match=r"missing .*'attacks'"):
         Experiment(tmp_path / "half.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a file"):
         Experiment(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"victim": True}, "victim is not flags"),
+        ({"victim": ["a"]}, "victim is not flags"),
+        ({"steal": None}, "steal is not flags"),
+        ({"judge": 5}, "judge is not flags"),
+        ({"user": "--a 'open"}, "user is not flags"),
+        ({"common": {"a": "b"}}, "common is not flags"),
+        ({"about": 3}, "about is not a text"),
+        ({"seeds": 1}, "seeds is not a list of at least 1 values"),
+        ({"seeds": []}, "seeds is not a list of at least 1 values"),
+        ({"seeds": [0.5]}, "seeds is not a list of a whole number"),
+        ({"independent": "--seed 1"}, "independent is not a list"),
+        ({"independent": [1]}, "independent is not a list of flags"),
+        ({"attacks": {}}, "no attacks or no defences"),
+        ({"attacks": ["mse"]}, "attacks is not a mapping"),
+        ({"attacks": {"mse": None}}, "attacks is not a mapping to flags"),
+        ({"attacks": {"mse": {"against": ["noise"]}}}, "attacks is not a mapping to a mapping with flags"),
+        ({"attacks": {"mse": {"flags": "", "against": "noise"}}}, "attacks is not .* against as a list"),
+        ({"attacks": {"mse": {"flags": "", "colour": "red"}}}, "attacks is not .* only"),
+        ({"defences": {"noise": {"flags": "", "vary": "--sigma"}}}, "'noise' lacks vary or values"),
+        ({"defences": {"noise": {"flags": "", "vary": "--sigma", "values": ["x"]}}}, "defences is not .* values as"),
+        ({"defences": {1: ""}}, "defences is not a mapping with texts as keys"),
+    ],
+)
+def test_parts_of_another_type_are_named(write, changes, said):
+    with pytest.raises(UserError, match=f"tiny.yaml.*{said}"):
+        Experiment(write(**changes))
+
+
+def test_what_is_done_is_read_back_and_broken_lines_run_again(tmp_path, capsys):
+    good = {"command": "run.py", "path": "x.pth.tar", "rows": []}
+    lines = ["{", "5", json.dumps({"command": 1, "path": None, "rows": []}), '{"command": "a"}', json.dumps(good)]
+    (tmp_path / "done.jsonl").write_text("\n".join(lines))
+    assert Runner(tmp_path, 1).done == {"run.py": good}
+    assert "2 broken lines are skipped (1, 2)" in capsys.readouterr().err
+
+
+def test_a_runner_that_is_told_to_stop_stops_its_scripts_and_starts_no_others(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import sys, time, pathlib\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)")
+    monkeypatch.setattr("experiments.runner.HERE", tmp_path)
+    started = time.monotonic()
+    with Runner(tmp_path, 2) as runner:
+        futures = [runner.pool.submit(runner, f"slow.py {tmp_path / str(number)}") for number in range(6)]
+        while not (tmp_path / "1").exists() or not (tmp_path / "0").exists():
+            time.sleep(0.02)
+    assert time.monotonic() - started < 30
+    assert all(future.cancelled() or isinstance(future.exception(), CancelledError) for future in futures)
+    assert not [number for number in range(2, 6) if (tmp_path / str(number)).exists()]
+    assert not runner.running
+    with pytest.raises(CancelledError):
+        runner("slow.py x")
+
+
+def test_paths_may_have_spaces(tmp_path, monkeypatch):
+    (tmp_path / "say.py").write_text("import sys; print('copy: ' + sys.argv[1])")
+    monkeypatch.setattr("experiments.runner.HERE", tmp_path)
+    with Runner(tmp_path / "a b", 1) as runner:
+        (tmp_path / "a b").mkdir()
+        assert runner("say.py 'a b/c d.pth.tar'")["path"] == str(tmp_path / "a b" / "c d.pth.tar")
+    assert [*Runner(tmp_path / "a b", 1).done] == ["say.py 'a b/c d.pth.tar'"]
 
 
 def call(monkeypatch, capsys, *arguments):
