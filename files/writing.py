@@ -18,14 +18,25 @@ except ImportError:  # Windows, where two processes in a folder are not noticed
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside that names no file, as that of a full disk, names this path."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces `path` on success and is removed on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,8 +48,8 @@ def save_checkpoint(content: Mapping, path: Path) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save(dict(content), temporary)
-        except RuntimeError as error:  # torch's report of a full disk
-            raise UserError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from None
+        except RuntimeError:  # torch's report of a full disk
+            raise UserError(f"cannot write {path}: is the disk full?") from None
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
@@ -53,9 +64,10 @@ def add_line(path: Path, line: Mapping[str, Any]) -> None:
         try:
             while left:
                 left = left[file.write(left) :]
-        except OSError as error:
+        except OSError:
             file.truncate(size)
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            with naming(path):
+                raise
 
 
 def put_line(path: Path, line: Mapping[str, Any], keys: tuple[str, ...]) -> None:

@@ -172,6 +172,7 @@ def _listening() -> Iterator[None]:
         yield
         return
     _Signals.received, _Signals.deferred = None, 0
+    threading.excepthook = _of_thread
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, receive) for number in heard}
     try:
@@ -179,6 +180,13 @@ def _listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        threading.excepthook = threading.__excepthook__
+
+
+def _of_thread(arguments: threading.ExceptHookArgs) -> None:
+    """Nothing is said of a full disk by the thread that writes tensorboard's events: its caller has the error too."""
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from files.reading import checked, number, read_lines, read_yaml, table, text
-from files.writing import add_line, atomic_path, lock, put_line
+from files.writing import add_line, atomic_path, lock, naming, put_line
 from settings import Command
 from training.record import Record
 from utils import Precision, UserError, first_process, provenance
@@ -29,6 +29,14 @@ _SPELT = {"num_queries": "{}q", "epochs": "{}ep", "seed": "seed{}"}
 
 
 # ---- a run's folder --------------------------------------------------------------------------------------------------
+
+
+class _Log(logging.FileHandler):
+    """A log whose errors are raised, where the library would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with naming(Path(self.baseFilename)):
+            raise
 
 
 class Run:
@@ -97,13 +105,14 @@ class Run:
             temporary.write_text(yaml.safe_dump(self.config, sort_keys=False))
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
-        handler = logging.FileHandler(self.folder / "run.log")
+        handler = _Log(self.folder / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._logger.addHandler(handler)
         # Imported here: it takes a second, and a run that fails on its input need not wait for it.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._events), purge_step=from_epoch or None)
+        with naming(self._events):
+            self._writer = SummaryWriter(str(self._events), purge_step=from_epoch or None)
 
     def say(self, text: str) -> None:
         """Print a line and log it."""
@@ -121,7 +130,8 @@ class Run:
         """Send numbers to tensorboard only."""
         for name, value in values.items():
             if self._writer is not None:
-                self._writer.add_scalar(name, value, step)
+                with naming(self._events):
+                    self._writer.add_scalar(name, value, step)
 
     def lines(self) -> list[dict]:
         """The lines of metrics.jsonl so far."""
@@ -163,8 +173,9 @@ class Run:
     def finish(self) -> None:
         """Flush and close the log and the events, and let other processes write in the folder."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with naming(self._events):
+                writer.close()
         for handler in list(self._logger.handlers):
             handler.close()
             self._logger.removeHandler(handler)
