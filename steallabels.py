@@ -82,9 +82,8 @@ def main() -> None:
     classifier = open_classifier(command, path, encoder)
     output = "labels" if command.modeloutput == "labels" else "probabilities"
     api = Api(encoder, output, classifier).to(precision.device)
-    images, _, record = choose_queries(
-        command[QueryChoice], command.dataset, command.data, command.num_queries, machine.seed
-    )
+    choice, count = command[QueryChoice], command.num_queries
+    images, _, record = choose_queries(choice, command.dataset, command.data, count, machine.seed)
     victim = Victim(api, command.num_queries, precision=precision)
     with seeded(machine.seed):
         model = build_encoder(command.archstolen, victim.dim, encoder.normalize, head="linear")
