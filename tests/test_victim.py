@@ -230,3 +230,25 @@ def test_width_of_answers_is_that_after_all_defences(encoder, images):
     assert victim.dim == victim.query(images).shape[1] == 160
     with pytest.raises(UserError, match=r"--top-k 200 .* 128 numbers"):
         Victim(encoder, defences=[DEFENCES["truncate"](), DEFENCES["topk"](top_k=200)])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda images: images.float(), "these are from 0 to 255: divide by 255"),
+        (lambda images: images.float() / 255 * torch.nan, "these are from nan to nan"),
+        (lambda images: images.float() / 255 - 1, r"these are from -1 to"),
+        (lambda images: (images.float() / 255).index_fill(0, torch.tensor([3]), torch.inf), "to inf"),
+        (lambda images: (images.double() / 255).index_fill(0, torch.tensor([3]), torch.nan), "nan"),
+        (lambda images: images.long(), "not torch.int64"),
+        (lambda images: images.bool(), "not torch.bool"),
+        (lambda images: images[:, :1], "of shape"),
+        (lambda images: images[0], "of shape"),
+        (lambda images: images.permute(0, 2, 3, 1), "of shape"),
+    ],
+)
+def test_what_is_no_query_is_refused_and_not_paid(change, said, encoder, images):
+    victim = Victim(encoder, budget=100)
+    with pytest.raises(ValueError, match=said):
+        victim.query(change(images))
+    assert victim.ledger.summary() == {"queries": 0, "distinct": 0, "calls": 0}
