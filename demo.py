@@ -20,7 +20,6 @@ from evaluation.figures import neighbour_picture
 from files.writing import atomic_path
 from jobs.ending import script
 from settings import Command, Parser, Settings, setting
-from utils import UserError
 
 HERE = Path(__file__).resolve().parent
 ARCH = "resnet10w32"
@@ -48,12 +47,13 @@ def parse(line: Sequence[str] | None = None) -> Command:
 
 
 def call(root: Path, script_name: str, arguments: str) -> float:
-    """Run a script, showing its command and its output; seconds taken. UserError when it fails."""
+    """Run a script, showing its command and its output; seconds taken. Exits with its code when it fails."""
     command = [script_name, *arguments.split(), "--checkpoint-dir", str(root)]
     print(f"\n$ python {' '.join(command)}", flush=True)
     started = time.perf_counter()
-    if subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False).returncode:
-        raise UserError(f"{script_name} failed: see the line above")
+    code = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False).returncode
+    if code:  # the script has said why
+        sys.exit(code)
     return time.perf_counter() - started
 
 

@@ -33,6 +33,10 @@ class Stopped(Exception):
     """The job was told to stop and has saved what it needs to go on."""
 
 
+class Misplaced(UserError):
+    """An error about this process's place in its job: each process says it, not rank 0 for all."""
+
+
 # ---- one line --------------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +61,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
                     _membership.fail(code, text)  # does not return
                 if text is None:
                     raise
-                if first_by_launcher():
+                if first_by_launcher() or isinstance(error, Misplaced):
                     _complain(text)
                 sys.exit(code)
             if _membership:
@@ -78,7 +82,7 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
         return 2, _one_line(str(error))
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_too_large(error):
         said = str(error).splitlines()[0] if str(error) else "no memory is left"
-        return 2, _one_line(f"out of memory, give a smaller --batch-size or smaller data: {said}")
+        return 2, _one_line(f"out of memory, give a smaller --batch-size, --n-views, --out_dim or data: {said}")
     if isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr)):
         return UNREAD, ""
     if isinstance(error, PermissionError):

@@ -66,7 +66,7 @@ def find_place(environment: Mapping[str, str], processes: Processes) -> Place | 
     UserError for variables or flags that name no place.
     """
     if processes.world_size == 0:
-        raise UserError("--world-size 0 is no number of processes: leave it out, or give 1 or more")
+        raise ending.Misplaced("--world-size 0 is no number of processes: leave it out, or give 1 or more")
     if "RANK" in environment and "WORLD_SIZE" in environment:
         place = _place_of_torchrun(environment)
     # A batch script itself runs outside of any step: only srun makes several processes.
@@ -84,7 +84,7 @@ def _number(
     text = environment.get(name, str(otherwise))
     if not text.isdecimal() or int(text) < at_least or (below is not None and int(text) >= below):
         to = "" if below is None else f" to {below - 1}"
-        raise UserError(f"the variable {name} is {text!r}, not a number from {at_least}{to}: unset or correct it")
+        raise ending.Misplaced(f"the variable {name} is {text!r}, not a number from {at_least}{to}: correct it")
     return int(text)
 
 
@@ -106,7 +106,7 @@ def _place_of_slurm(environment: Mapping[str, str]) -> Place:
     job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
     here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_NTASKS_PER_NODE", "1"))
     if "SLURM_PROCID" not in environment:
-        raise UserError("the variable SLURM_PROCID is not set: start the script by srun")
+        raise ending.Misplaced("the variable SLURM_PROCID is not set: start the script by srun")
     # Steps that share a machine need different ports.
     port = 20000 + (10 * job + step) % 20000
     return Place(
@@ -128,14 +128,14 @@ def first_host(nodes: str) -> str:
 def _place_of_flags(processes: Processes) -> Place:
     found = re.fullmatch(r"tcp://([^:/]+):(\d+)", processes.dist_url or "")
     if not found:
-        raise UserError(
+        raise ending.Misplaced(
             f"--dist-url {processes.dist_url} is not tcp://ADDRESS:PORT of the process of --rank 0: "
             f"give it, or use torchrun"
         )
     if not 0 < int(found[2]) < 2**16:
-        raise UserError(f"--dist-url {processes.dist_url} has no port from 1 to {2**16 - 1}: choose another")
+        raise ending.Misplaced(f"--dist-url {processes.dist_url} has no port from 1 to {2**16 - 1}: choose another")
     if not 0 <= processes.rank < processes.world_size:
-        raise UserError(
+        raise ending.Misplaced(
             f"--rank {processes.rank} is none of the {processes.world_size} of --world-size: give 0 or more"
         )
     return Place(processes.rank, processes.world_size, 0, 1, found[1], int(found[2]))
@@ -161,11 +161,11 @@ def set_up_job(processes: Processes) -> Place | None:
     try:
         socket.getaddrinfo(place.address, place.port)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"no host {place.address!r}, where rank 0 should listen: {error}") from None
+        raise ending.Misplaced(f"no host {place.address!r}, where rank 0 should listen: {error}") from None
     try:
         stores = [_store(place, host) for host in (place.rank == 0 and not place.hosted, False)]
     except (RuntimeError, dist.DistNetworkError) as error:
-        raise UserError(
+        raise ending.Misplaced(
             f"process {place.rank} of {place.processes} finds no job at {place.address}:{place.port}: are all started, "
             f"and is the port free? {str(error).splitlines()[0][:120]}"
         ) from None

@@ -150,10 +150,19 @@ def test_signals_during_the_imports_are_those_of_later():
 @pytest.mark.parametrize(
     ("fails", "text"),
     [
-        (lambda: torch.empty(10**13), "out of memory, give a smaller --batch-size or smaller data: "),
-        (lambda: torch.empty(10**10, 10**10), "out of memory, give a smaller --batch-size or smaller data: "),
-        (lambda: np.empty(10**15), "out of memory, give a smaller --batch-size or smaller data: Unable to allocate"),
-        (lambda: [0] * 10**15, "out of memory, give a smaller --batch-size or smaller data: no memory is left"),
+        (lambda: torch.empty(10**13), "out of memory, give a smaller --batch-size, --n-views, --out_dim or data: "),
+        (
+            lambda: torch.empty(10**10, 10**10),
+            "out of memory, give a smaller --batch-size, --n-views, --out_dim or data: ",
+        ),
+        (
+            lambda: np.empty(10**15),
+            "out of memory, give a smaller --batch-size, --n-views, --out_dim or data: Unable to allocate",
+        ),
+        (
+            lambda: [0] * 10**15,
+            "out of memory, give a smaller --batch-size, --n-views, --out_dim or data: no memory is left",
+        ),
         (lambda: Path("/dev/full").write_text("x"), "No space left on device"),
         (lambda: Path("/proc/version/x").read_text(), "Not a directory: /proc/version/x"),
     ],

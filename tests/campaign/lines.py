@@ -103,7 +103,7 @@ WHOLE = [
         ("linsimsiam.py", "--pretrained"), ("steal.py --checkpoint-dir nowhere", "nowhere"),
     )),
     *((f"{variables} {RUN}", variables.split()[0].split("=")[0]) for variables in (
-        "RANK=x WORLD_SIZE=2", "RANK= WORLD_SIZE=", "RANK=0 WORLD_SIZE=x", "RANK=5 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=0",
+        "RANK=x WORLD_SIZE=2", "WORLD_SIZE= RANK=", "WORLD_SIZE=x RANK=0", "RANK=5 WORLD_SIZE=2", "WORLD_SIZE=0 RANK=0",
         "RANK=-1 WORLD_SIZE=2", "MASTER_PORT=x RANK=0 WORLD_SIZE=2", "MASTER_PORT=0 RANK=0 WORLD_SIZE=2",
         "LOCAL_RANK=x RANK=0 WORLD_SIZE=2", "SLURM_STEP_NUM_TASKS=x", "SLURM_PROCID= SLURM_STEP_NUM_TASKS=2",
         "SLURM_PROCID=x SLURM_STEP_NUM_TASKS=2", "MASTER_ADDR=nowhere.invalid RANK=1 WORLD_SIZE=2",

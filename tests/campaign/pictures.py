@@ -147,7 +147,7 @@ ARRAYS |= {
     "labels of any numbers": ("works", _labels(lambda labels: labels * 1_000_003 + 17)),
     "labels of 64 bits without sign": ("works", _labels(lambda labels: labels.astype(np.uint64) + np.uint64(2**63))),
     "labels in a column": ("either", _labels(lambda labels: labels[:, None])),
-    "labels that are negative": ("refused", _labels(lambda labels: labels - 10)),
+    "labels that are negative": ("works", _labels(lambda labels: labels - 10)),
     "labels with a fraction": ("refused", _labels(lambda labels: labels + 0.5)),
     "labels with NaN": ("refused", _labels(lambda labels: np.where(labels == 1, np.nan, labels))),
     "labels that are text": ("either", _labels(lambda labels: np.array([f"class {n}" for n in labels]))),
