@@ -4,7 +4,7 @@ python linear_eval.py --dataset cifar10 --datasetsteal svhn --dataset-test stl10
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jobs.early  # noqa: F401
@@ -22,6 +22,7 @@ from models import SimCLREncoder
 from settings import Command, Parser
 from training import finding
 from training.recipe import Protocol
+from training.represent import represent
 from training.run import open_run
 from victim import version_of
 
@@ -63,6 +64,7 @@ def main() -> None:
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
     train, test, queried = load_images(command, command.data, checkpoint)
     others = open_others(command, path, checkpoint, precision)
+    represent(encoder, test[0][:8], precision)  # before anything is written: are these numbers?
 
     run.start()
     run.say(f"{encoder.arch}, {len(train[1])} labelled images of {command.dataset_test}, {precision}")
@@ -82,19 +84,21 @@ def main() -> None:
     save_checkpoint({"kind": "linear", "arch": encoder.arch, "state_dict": state, "row": row}, run.checkpoint)
     run.add_row(row, step=command.probe_epochs)
     run.finish()
-    suggest_next(command, path, encoder, others)
+    suggest_next(command, path, checkpoint, encoder, others)
 
 
-def suggest_next(command: Command, path: Path | None, encoder: SimCLREncoder, others: Others) -> None:
+def suggest_next(
+    command: Command, path: Path | None, checkpoint: Mapping, encoder: SimCLREncoder, others: Others
+) -> None:
     """The next command: steal a victim, compare a copy with its victim, then ask whether it is stolen."""
     if path is None:
         finding.say_next(command, "run.py", "--arch", command.arch)
     elif command.modeltype == "victim":
-        victims.say_steal(command, path, encoder, command.dataset)
+        victims.say_steal(command, path, encoder, checkpoint.get("settings", {}).get("dataset", ""))
     elif others:
         pair = ("--victim", Path(others["victim"][0]), "--suspect", path)
         finding.say_next(command, "verify.py", "--method", "dataset-inference", *pair)
-    else:
+    elif "stolen_from" in checkpoint:
         on = ("--dataset-test", command.dataset_test)
         finding.say_next(command, "linear_eval.py", "--stolen", path, *on, "--fidelity")
 

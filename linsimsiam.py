@@ -68,13 +68,13 @@ def main() -> None:
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
     train, test = (open_labelled(command.dataset, command.data, split) for split in ("train", "test"))
     record = Record.of(checkpoint)
-    unqueried_positions(test, record)  # before anything is trained: are there any?
+    unqueried_positions(test, record, command.data)  # before anything is trained: are there any?
 
     probe = run.below("probe", "probe")
-    run.start()
-    run.say(f"{encoder.arch}, {len(train)} labelled images of {command.dataset}, {precision}")
+    print(f"{encoder.arch}, {len(train)} labelled images of {command.dataset}, {precision}")
     recipe = use_large_recipe(command, batch_size=256)
     layer = train_layer(command, encoder, train, max(train.classes, test.classes), recipe, probe)
+    run.start()
     scores, counts = layer_scores(command, encoder, layer, test, record, precision)
     about = {"downstream": command.dataset, "probe": "augmented crops" if command.augment else "centres"}
     more = {
@@ -90,7 +90,7 @@ def main() -> None:
     if command.modeltype == "victim":
         finding.say_next(command, "stealsimsiam.py", "--pretrained", path, "--datasetsteal", "imagenet", "--lars")
     elif "victim" in checkpoint.get("settings", {}):
-        victim = Path(checkpoint["settings"]["victim"])
+        victim = Path(str(checkpoint["settings"]["victim"]))
         finding.say_next(command, "linsimsiam.py", "--pretrained", victim, "--dataset", command.dataset, "--lars")
 
 

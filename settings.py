@@ -11,6 +11,7 @@ command.refuse_idle()                                                   # UserEr
 
 import argparse
 import dataclasses
+import math
 import operator
 import sys
 import types
@@ -63,7 +64,8 @@ class Setting:
 
     def _in_range(self, value: float) -> bool:
         limits = [(holds, getattr(self, name)) for name, (_, holds) in _LIMITS.items()]
-        return abs(value) < 2**63 and all(limit is None or holds(value, limit) for holds, limit in limits)
+        finite = abs(value) < (2**63 if isinstance(value, int) else math.inf)
+        return finite and all(limit is None or holds(value, limit) for holds, limit in limits)
 
     @property
     def range(self) -> str:
@@ -313,10 +315,9 @@ class Command:
 
     def acting(self) -> dict[str, Any]:
         """The values in force of the settings that have an effect, by name, in the order of their owners."""
-        names = dict.fromkeys(
-            name for made in self.in_force for name in settings_of(made) if name in self.parser.settings
-        )
-        return {name: self.values[name] for name in names if self.why_idle(name) is None}
+        names = dict.fromkeys(name for made in self.in_force for name in settings_of(made))
+        flags = self.parser.settings
+        return {name: self.values[name] for name in names if name in flags and self.why_idle(name) is None}
 
     def line(self) -> str:
         """`in force: ...`: what decides the result; settings that are off are left out."""

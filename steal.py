@@ -21,7 +21,6 @@ from loss import STEAL_LOSSES
 from models import SimSiamHeads, build_copy
 from settings import Command, Parser
 from simclr import SimCLR
-from training import finding
 from training.objective import Loss, LossChoice
 from training.recipe import Protocol, Recipe
 from training.run import relative
@@ -67,6 +66,8 @@ def main() -> None:
     path, checkpoint, encoder = victims.open_victim(command)
     command.refuse_idle()  # again: the victim's file may have named its data set
     mlp = read_watermark(checkpoint, str(path)) if copy.watermark else None
+    if mlp is not None and command.dataset == victims.OTHER:
+        raise UserError("a watermark is read on the victim's test images: give their --dataset, such as folder:PATH")
     if copy.victimhead and not encoder.has_head:
         raise UserError(f"{path} has no projection head: leave out --victimhead")
     # The released recipe repeats all queries in every epoch, so the budget has to cover them.
@@ -90,7 +91,7 @@ def main() -> None:
         test, _, _ = load_test(command.dataset, command.data, run.record)
         print(watermark_line(model, mlp, test, precision, machine.seed))
     print(f"copy: {relative(run.checkpoint)}")
-    finding.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset)
+    victims.say_judge(command, run.folder)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from loss import HEAD_LOSSES
 from models import SimSiamHeads, build_copy, projection_head
 from settings import Command, Parser
 from simclr import SimCLR
-from training import finding
 from training.objective import Loss, LossChoice
 from training.recipe import Recipe
 from training.run import Run, relative
@@ -109,7 +108,7 @@ def main() -> None:
     trainer = SimCLR(model, loss, command[Recipe], run, heads)
     trainer.steal(images, victim, command[Attack], labels, refine)
     print(f"copy: {relative(run.checkpoint)}")
-    finding.say_next(command, "linear_eval.py", "--stolen", run.folder, "--dataset-test", command.dataset)
+    victims.say_judge(command, run.folder)
 
 
 if __name__ == "__main__":

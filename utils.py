@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,13 @@ STOP_SIGNALS = tuple(
 
 
 class UserError(Exception):
-    """An error that the user can fix: scripts print it as one line and exit with code 2."""
+    """An error that the user can fix: scripts print it as one line and exit with code 2.
+
+    Control characters, which names in a stranger's file may have, become spaces.
+    """
+
+    def __str__(self) -> str:
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", super().__str__())
 
 
 # ---- the first process of a job --------------------------------------------------------------------------------------

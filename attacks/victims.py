@@ -7,17 +7,19 @@ from typing import Any
 
 from data_aug.datasets import DATASET_NAMES, check_name
 from loss import TRAIN_LOSSES
-from models import ARCHITECTURES, USUAL, SimCLREncoder, arch_name, read_checkpoint
+from models import ARCHITECTURES, LARGE, USUAL, SimCLREncoder, arch_name, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
 from settings import Command, Settings, setting
 from training.finding import check_finished, check_named, find, home_of, say_next
 from training.record import Record
+from training.released import released_settings
 from training.run import Run, open_run
 from utils import Precision
 from victim import version_of
 
 # Flags that name a copy's victim, and the settings of the victim's run that they stand for.
 VICTIM_SETTINGS = {"dataset": "dataset", "arch": "arch", "epochstrain": "epochs", "lossvictim": "losstype"}
+OTHER = "other"  # the data set of a victim from elsewhere, where it is none that an attacker has
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class VictimChoice(Settings):
 
     dataset: str = setting(
         "cifar10",
-        f"data set that the victim was trained on: {DATASET_NAMES}",
-        read=check_name,
+        f"data set that the victim was trained on: {DATASET_NAMES}, or {OTHER} for one that is not here",
+        read=lambda text: check_name(text, OTHER),
         flags=("-dataset", "--dataset"),
         otherwise="the victim's, else cifar10",
         title="data",
@@ -80,6 +82,8 @@ class Copy(Settings):
 
 def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimCLREncoder:
     """The encoder of a checkpoint. For a file from elsewhere, prints which layout was recognised."""
+    if arch in LARGE and released_settings(path, "stolen").get("losstype") == "symmetrized":
+        arch = f"{arch}-imagenet"  # the name has no stem
     encoder = encoder_from_checkpoint(checkpoint, str(path), arch)
     if "settings" not in checkpoint:
         print(f"{path}: {encoder.report}")
@@ -103,9 +107,10 @@ def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREnco
         checkpoint, path, command, {name: setting for name, setting in VICTIM_SETTINGS.items() if name != "arch"}
     )
     encoder = encoder_of(checkpoint, path, command.given.get("arch"))
-    known = checkpoint.get("settings", {})
+    known = checkpoint.get("settings") or released_settings(path, "victim")
     settled = {name: known[setting] for name, setting in VICTIM_SETTINGS.items() if setting in known}
-    command.set(**{**settled, "arch": encoder.arch})
+    unknown = {name: command.given.get(name) for name in ("epochstrain", "lossvictim")}
+    command.set(**{**unknown, **settled, "arch": encoder.arch})
     return path, checkpoint, encoder
 
 
@@ -124,6 +129,12 @@ def open_evaluation(command: Command, path: Path, encoder: SimCLREncoder, precis
     """The run of a script that judges an encoder, below the encoder's run; `more` are further settings of it."""
     home = home_of(path, command.checkpoint_dir)
     return open_run(command, home, precision, weights=version_of(encoder), **more)
+
+
+def say_judge(command: Command, copy: Path) -> None:
+    """As `say_next`: judge this copy on its victim's data set, or where that is not here, on the data set queried."""
+    dataset = command.datasetsteal if command.dataset == OTHER else command.dataset
+    say_next(command, "linear_eval.py", "--stolen", copy, "--dataset-test", dataset)
 
 
 def say_steal(command: Command, victim: Path, encoder: SimCLREncoder, dataset: str, *words: str) -> None:

@@ -6,19 +6,25 @@ from collections.abc import Callable
 
 import torch
 
+from utils import Precision, choose_device
 
-def alternate(rounds: int, **tasks: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each task over `rounds` alternating rounds, after a warm-up call of each."""
+
+def timings(rounds: int, warm_up: int = 1, **tasks: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each task in each of `rounds` alternating rounds, after `warm_up` calls of each."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for round_number in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         for name, task in tasks.items():
             synchronise()
             started = time.perf_counter()
             task()
             synchronise()
-            if round_number:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name].append(time.perf_counter() - started)
+    return {name: values[warm_up:] for name, values in seconds.items()}
+
+
+def alternate(rounds: int, **tasks: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each task over `rounds` alternating rounds, after a warm-up call of each."""
+    return {name: statistics.median(values) for name, values in timings(rounds, **tasks).items()}
 
 
 def synchronise() -> None:
@@ -26,8 +32,9 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def machine() -> str:
-    """The device that the benchmarks use, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+def set_up(words: str) -> Precision:
+    """The precision that --precision auto selects on this machine; prints it, the machine and the words."""
+    precision = Precision.choose("auto", choose_device())
+    kind = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else kind}, {precision.name}, {words}")
+    return precision

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks import alternate, machine
+from benchmarks import alternate, set_up
 from data_aug.datasets import load_dataset
-from evaluation import linear_probe, represent
-from models import USUAL, arch_name, build_encoder
+from evaluation import Labelled, linear_probe, represent_both
+from models import USUAL, SimCLREncoder, arch_name, build_encoder
 from settings import Parser, Settings, setting
-from utils import Precision, choose_device
 
 EPOCHS = 100
 
@@ -30,56 +29,41 @@ class Benchmark(Settings):
     rounds: int = setting(3, "timings of both ways", at_least=1)
 
 
-def classic_epochs(encoder: nn.Module, images: Tensor, labels: Tensor, test_images: Tensor, epochs: int):
-    """Returns a function that trains and tests a linear layer for `epochs` epochs the classic way."""
-    layer = nn.Linear(encoder.dim, 10).to(images.device)
+def classic(encoder: SimCLREncoder, train: Labelled, test: Labelled, epochs: int) -> None:
+    """Trains and tests a linear layer for so many epochs."""
+    layer = nn.Linear(encoder.dim, 10).to(train[0].device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-4, weight_decay=8e-4)
-
-    def run() -> None:
-        for _ in range(epochs):
-            for batch, truth in zip(images.split(256), labels.split(256), strict=True):
-                with torch.no_grad():
-                    h = encoder(batch / 255)
-                loss = F.cross_entropy(layer(h), truth)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+    for _ in range(epochs):
+        for images, truth in zip(train[0].split(256), train[1].split(256), strict=True):
             with torch.no_grad():
-                for batch in test_images.split(256):
-                    layer(encoder(batch / 255))
-
-    return run
+                h = encoder(images / 255)
+            loss = F.cross_entropy(layer(h), truth)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            for images in test[0].split(256):
+                layer(encoder(images / 255))
 
 
 def main() -> None:
     args = Parser(__doc__, [Benchmark]).parse().use(Benchmark)
-    device = choose_device()
-    precision = Precision.choose("auto", device)
-    (images, labels), (test_images, test_labels) = (
-        (x[:n].to(device), y[:n].to(device))
-        for (x, y), n in (
-            (load_dataset("shapes", split="train"), args.images),
-            (load_dataset("shapes", split="test"), args.images // 5),
-        )
+    numbers = {"train": args.images, "test": args.images // 5}
+    precision = set_up(f"{args.arch}, {numbers['train']} + {numbers['test']} images")
+    train, test = (
+        tuple(part[:number].to(precision.device) for part in load_dataset("shapes", split=split))
+        for split, number in numbers.items()
     )
-    encoder = build_encoder(args.arch).eval().to(device)
-    plain = build_encoder(args.arch).eval().to(device)
-    encoder.to(memory_format=precision.memory_format)
-
-    def ours() -> None:
-        train = represent(encoder, images, precision), labels
-        linear_probe(train, (represent(encoder, test_images, precision), test_labels), epochs=EPOCHS)
-
+    plain = build_encoder(args.arch).eval().to(precision.device)
+    encoder = build_encoder(args.arch).eval().to(precision.device, memory_format=precision.memory_format)
     seconds = alternate(
-        args.rounds, classic=classic_epochs(plain, images, labels, test_images, args.classic_epochs), ours=ours
+        args.rounds,
+        classic=lambda: classic(plain, train, test, args.classic_epochs),
+        ours=lambda: linear_probe(*represent_both(encoder, train, test, precision), epochs=EPOCHS),
     )
-    classic = seconds["classic"] * EPOCHS / args.classic_epochs
-    print(f"{machine()}, precision auto = {precision.name}, {args.arch}, {len(images)} + {len(test_images)} images")
-    print(
-        f"classic {classic:.1f} s ({args.classic_epochs} of {EPOCHS} epochs timed), ours {seconds['ours']:.2f} s, ",
-        end="",
-    )
-    print(f"ratio {classic / seconds['ours']:.0f}")
+    whole, ours = seconds["classic"] * EPOCHS / args.classic_epochs, seconds["ours"]
+    timed = f"{args.classic_epochs} of {EPOCHS} epochs timed"
+    print(f"classic {whole:.1f} s ({timed}), ours {ours:.2f} s, ratio {whole / ours:.0f}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from jobs.ending import script
 from jobs.exchange import barrier, parallel, processes, share, whole_batch
-from jobs.place import Processes, set_up_job
+from jobs.meeting import set_up_job
+from jobs.place import Processes
 from loss import STEAL_LOSSES
 from models import arch_name, build_copy, build_encoder
 from settings import Parser, Settings, setting
@@ -63,19 +64,25 @@ def measure(args: Scaling, precision: Precision) -> dict[str, float]:
 
     found = {"step": seconds_of(step, args.rounds)}
     if processes() > 1:
-        gradients = torch.zeros(sum(parameter.numel() for parameter in copy.parameters()))
-        part = torch.zeros(len(local), width)
-        norms = [layer.num_features for layer in copy.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        gradients, part = torch.zeros(numbers_of(copy)), torch.zeros(len(local), width)
 
         def norm_statistics() -> None:
-            for channels in norms:  # forward, and the same number backward
-                for _ in range(2):
-                    dist.all_reduce(torch.zeros(2 * channels))
+            for channels in 2 * channels_of(copy):  # forward, and the same number backward
+                dist.all_reduce(torch.zeros(2 * channels))
 
         found["gradients"] = seconds_of(lambda: dist.all_reduce(gradients), args.rounds)
         found["features"] = seconds_of(lambda: whole_batch(part), args.rounds)
         found["batch norms"] = seconds_of(norm_statistics, args.rounds)
     return found
+
+
+def numbers_of(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def channels_of(network: nn.Module) -> list[int]:
+    """The width of each BatchNorm."""
+    return [layer.num_features for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
 def seconds_of(work: Callable[[], None], rounds: int) -> float:
@@ -92,23 +99,19 @@ def seconds_of(work: Callable[[], None], rounds: int) -> float:
 def kept_for_backward(arch: str, size: int) -> float:
     """Bytes for each image that a training step in bf16 keeps from the forward to the backward pass."""
     copy = build_encoder(arch).to(memory_format=torch.channels_last)
+
+    def kept(batch: int) -> int:
+        alive: dict[int, Tensor] = {}  # by address; alive, so that no memory is used twice and counted once
+        images = torch.rand(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: alive.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+        )
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            copy(images)
+        return sum(tensor.untyped_storage().nbytes() for tensor in alive.values())
+
     # The difference between two batches, because weights that were cast to bf16 are kept too, once.
-    return (_kept(copy, 4, size) - _kept(copy, 2, size)) / 2
-
-
-def _kept(copy: nn.Module, batch: int, size: int) -> int:
-    seen: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no memory is used twice and counted once
-
-    def keep(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    images = torch.rand(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        copy(images)
-    return sum(seen.values())
+    return (kept(4) - kept(2)) / 2
 
 
 def exchanged(arch: str, batch: int, gpus: int) -> dict[str, float]:
@@ -118,11 +121,9 @@ def exchanged(arch: str, batch: int, gpus: int) -> dict[str, float]:
     batch norms: all-gather of (2 C + 1) forward and all-reduce of 2 C backward, over all C channels.
     """
     encoder = build_encoder(arch)
-    parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    norms = [layer.num_features for layer in encoder.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    ring = (gpus - 1) / gpus
+    norms, ring = channels_of(encoder), (gpus - 1) / gpus
     return {
-        "gradients": 2 * ring * 4 * parameters,
+        "gradients": 2 * ring * 4 * numbers_of(encoder),
         "features": ring * 4 * batch * encoder.dim,
         "batch norms": (gpus - 1) * 4 * sum(2 * c + 1 for c in norms) + 2 * ring * 4 * sum(2 * c for c in norms),
         "collectives": 2 * len(norms) + 2,
@@ -132,18 +133,14 @@ def exchanged(arch: str, batch: int, gpus: int) -> dict[str, float]:
 def computed(args: Scaling) -> list[str]:
     """Lines of a table for ResNet-50 at 224 and a batch of 512: bytes, time over the assumed links, memory."""
     each = kept_for_backward("resnet50-imagenet", 224)
-    weights = 4 * sum(parameter.numel() for parameter in build_encoder("resnet50-imagenet").parameters())
+    weights = 4 * numbers_of(build_encoder("resnet50-imagenet"))
     lines = [f"kept for backward: {each / 2**20:.0f} MiB an image; weights {weights / 2**20:.0f} MiB in float32", ""]
-    lines += [
-        "| GPUs | images each | sent in a step, MB | ms in communication | memory, GiB |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["| GPUs | images each | sent in a step, MB | ms in communication | memory, GiB |", "|---" * 5 + "|"]
     for gpus in GPUS:
         sent = exchanged("resnet50-imagenet", 512, gpus)
-        total = sum(value for name, value in sent.items() if name != "collectives")
-        across = gpus > PER_NODE
-        link = args.between if across else args.within
-        ms = 1e3 * (total / (link * 1e9) + sent["collectives"] * args.latency * 1e-6) if gpus > 1 else 0.0
+        collectives = sent.pop("collectives")
+        total, link = sum(sent.values()), args.between if gpus > PER_NODE else args.within
+        ms = 1e3 * (total / (link * 1e9) + collectives * args.latency * 1e-6) if gpus > 1 else 0.0
         # Copy, its gradients and momentum; the victim; the loss's (2 B, 2 B) matrix about four times.
         memory = 4 * weights + each * 512 / gpus + 4 * 4 * (2 * 512) ** 2
         lines.append(f"| {gpus} | {512 // gpus} | {total / 1e6:.0f} | {ms:.1f} | {memory / 2**30:.1f} |")

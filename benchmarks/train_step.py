@@ -9,6 +9,7 @@ precision that --precision auto selects on this machine. Both train on two views
 import contextlib
 import io
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks import alternate, machine
+from benchmarks import alternate, set_up
 from data_aug.datasets import load_dataset
 from data_aug.images import Stored
 from loss import TRAIN_LOSSES, nt_xent
@@ -26,7 +27,7 @@ from settings import Parser, Settings, setting
 from simclr import SimCLR
 from training.recipe import Recipe
 from training.run import Run
-from utils import Precision, choose_device
+from utils import Precision
 
 
 class TwoViews(Dataset):
@@ -53,18 +54,15 @@ class TwoViews(Dataset):
         return self.view(self.images[index]), self.view(self.images[index])
 
 
-def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.device):
-    """Returns a function that trains an epoch the classic way."""
-    model = build_encoder(arch, out_dim=128).to(device)
+def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.device) -> Callable[[], None]:
+    """A function that trains another epoch the classic way."""
+    model = build_encoder(arch, out_dim=128).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, weight_decay=1e-4)
     # Persistent workers, as in a long training: their start is not part of a step.
-    loader = DataLoader(
-        TwoViews(images), batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
+    workers = {"num_workers": 2, "persistent_workers": True, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(TwoViews(images), batch_size, shuffle=True, drop_last=True, **workers)
 
     def epoch() -> None:
-        model.train()
         for views in loader:
             loss = nt_xent(model.project(torch.cat(views).to(device)))
             optimizer.zero_grad()
@@ -74,11 +72,10 @@ def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.d
     return epoch
 
 
-def our_training(arch: str, images: Tensor, batch_size: int, device: torch.device, folder: Path):
-    """Returns a function that trains another epoch with the project's trainer."""
+def our_training(arch: str, images: Tensor, batch_size: int, precision: Precision, folder: Path) -> Callable[[], None]:
+    """A function that trains another epoch with the project's trainer."""
     recipe = Recipe(epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4)
-    model, precision = build_encoder(arch, out_dim=128), Precision.choose("auto", device)
-    trainer = SimCLR(model, TRAIN_LOSSES["infonce"], recipe, Run(folder / arch, precision))
+    trainer = SimCLR(build_encoder(arch, out_dim=128), TRAIN_LOSSES["infonce"], recipe, Run(folder, precision))
 
     def epoch() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -91,24 +88,21 @@ def our_training(arch: str, images: Tensor, batch_size: int, device: torch.devic
 class TrainStep(Settings):
     archs: tuple[str, ...] = setting(("resnet18", "resnet34"), "architectures", read=arch_name, several=True)
     batch_size: int = setting(256, "images per batch", at_least=1)
-    steps: int = setting(2, "steps per timing", at_least=1)
+    steps: int = setting(50 if torch.cuda.is_available() else 2, "steps per timing", at_least=1)
     rounds: int = setting(3, "timings of both ways", at_least=1)
 
 
 def main() -> None:
-    steps = 50 if torch.cuda.is_available() else 2
-    args = Parser(__doc__, [TrainStep], defaults={"steps": steps}).parse().use(TrainStep)
-    device = choose_device()
-    images, _ = load_dataset("shapes")
-    images = images[: args.batch_size * args.steps]
-    print(f"{machine()}, precision auto = {Precision.choose('auto', device).name}, batch {args.batch_size}")
+    args = Parser(__doc__, [TrainStep]).parse().use(TrainStep)
+    images = load_dataset("shapes")[0][: args.batch_size * args.steps]
+    precision = set_up(f"batch {args.batch_size}")
     print("| network | classic, images/s | ours, images/s | ratio |\n|---|---|---|---|")
     for arch in args.archs:
         with tempfile.TemporaryDirectory() as folder:
             seconds = alternate(
                 args.rounds,
-                classic=classic_training(arch, images, args.batch_size, device),
-                ours=our_training(arch, images, args.batch_size, device, Path(folder)),
+                classic=classic_training(arch, images, args.batch_size, precision.device),
+                ours=our_training(arch, images, args.batch_size, precision, Path(folder) / arch),
             )
         speed = {name: len(images) / value for name, value in seconds.items()}
         ratio = speed["ours"] / speed["classic"]

@@ -124,18 +124,10 @@ def draw_boxes(n: int, height: int, width: int, generator: torch.Generator) -> T
         left = left[~fits]
     corner = (uniform(0.0, 1.0, 2) * (limits - chosen + 1)).long()
     boxes = torch.cat([corner, chosen], 1)
-    boxes[left] = torch.tensor(_widest_box(height, width))
+    # Where no attempt fits: the centre, as large as the aspect ratios allow.
+    sides = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
+    boxes[left] = torch.tensor([(height - sides[0]) // 2, (width - sides[1]) // 2, *sides])
     return boxes
-
-
-def _widest_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """The box in the centre that is as large as the aspect ratios allow."""
-    box_height, box_width = height, width
-    if width / height < CROP_RATIO[0]:
-        box_height = round(width / CROP_RATIO[0])
-    elif width / height > CROP_RATIO[1]:
-        box_width = round(height * CROP_RATIO[1])
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 @dataclass(frozen=True)
@@ -181,7 +173,9 @@ def apply_views(images: Tensor, draws: ViewDraws) -> Tensor:
         raise ValueError(f"draws on {draws.boxes.device} for images on {images.device}")
     on_cpu = images.device.type == "cpu"
     if on_cpu:
-        _check_boxes(draws.boxes, *images.shape[2:])
+        corners, sides, limits = draws.boxes[:, :2], draws.boxes[:, 2:], torch.tensor(images.shape[2:])
+        if not ((corners >= 0) & (sides > 0) & (corners + sides <= limits)).all():
+            raise ValueError(f"a crop box is empty or outside the images of {tuple(images.shape[2:])} pixels")
     step = max(1, CHUNK_VALUES // (3 * draws.size**2) if on_cpu else len(images))
     views = torch.empty(len(images), 3, draws.size, draws.size, device=images.device)
     with torch.autocast(images.device.type, enabled=False):
@@ -194,7 +188,7 @@ def apply_views(images: Tensor, draws: ViewDraws) -> Tensor:
 def random_views(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Draw and make one view per image; shapes and errors as in `draw_views` and `apply_views`.
 
-    For several views of an image, repeat it in the batch: every row has its own draws.
+    For several views of an image, repeat it in the batch: every row is drawn anew.
     """
     check_images(images)
     return apply_views(images, draw_views(len(images), *images.shape[-2:], size, generator).to(images.device))
@@ -236,12 +230,6 @@ def check_images(images: Tensor) -> None:
     """ValueError for anything but uint8 images (N, 3, H, W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 of shape (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
-
-
-def _check_boxes(boxes: Tensor, height: int, width: int) -> None:
-    corners, sides = boxes[:, :2], boxes[:, 2:]
-    if not ((corners >= 0) & (sides > 0) & (corners + sides <= torch.tensor([height, width]))).all():
-        raise ValueError(f"a crop box is empty or outside the images of {height} x {width} pixels")
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------

@@ -6,81 +6,86 @@ writes ./datasets/cifar10.npz, for machines without internet.
 """
 
 import contextlib
+import hashlib
 import io
+import os
 import socket
 import sys
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from data_aug.arrays import load_npz, to_images
 from data_aug.folders import load_folder, resize
 from data_aug.shapes import make_shapes, make_textures
 from files.writing import atomic_path
 from settings import Parser, Settings, setting
-from utils import UserError, generator
+from utils import UserError, first_process, generator
 
 SIZE = 32  # images are SIZE x SIZE pixels unless another size is asked for
-HELD_OUT = 1000  # test images that an attacker who queries the victim's data set leaves for the evaluation
+HELD_OUT = 1000  # test images, or half where there are no more, that an attacker of the victim's data set doesn't get
 DOWNLOAD_TIMEOUT = 30  # seconds of silence after which a data host counts as unreachable
 
 
 @dataclass(frozen=True)
 class _Published:
-    """A torchvision data set: its class, its folder below the data root, and the class's arguments for each split."""
+    """A torchvision data set: its class, its folder below the data root, and how the class is asked for a split."""
 
     class_name: str
-    folder: str
-    splits: Mapping[str, dict]
+    folder: str = ""
+    splits: tuple[str, ...] = ("train", "test")
+    by_name: bool = False  # by split="train", otherwise by train=True
 
     def load(self, name: str, root: Path, split: str, size: int | None) -> tuple[Tensor, Tensor]:
-        import torchvision  # here, because it takes seconds and most runs read an npz file or make their data
-
-        arguments = self.splits[split]
-        constructor = getattr(torchvision.datasets, self.class_name)
         for place in (root / self.folder, root):
             with contextlib.suppress(RuntimeError, OSError):
-                return _to_tensors(constructor(str(place), **arguments, download=False), size)
+                return self._read(name, place, split, size)
         place = root / self.folder
         patience = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            return _to_tensors(constructor(str(place), **arguments, download=True), size)
+            return self._read(name, place, split, size, download=True)
         except (RuntimeError, OSError) as error:
             with contextlib.suppress(OSError):
                 place.rmdir()  # only if the download left nothing there
             raise UserError(
                 f"no {name}: neither {root / name}.npz nor torchvision's files in {place} are there, and downloading "
                 f"them failed ({str(error).splitlines()[0][:120]}); either run where there is internet, or put "
-                f"{name}.npz there (`python -m data_aug.datasets --export {name}` makes it elsewhere), or give "
-                f"--dataset folder:PATH with the images in class sub-folders"
+                f"{name}.npz there (`python -m data_aug.datasets --export {name}` makes it elsewhere), or use "
+                f"folder:PATH with the images in class sub-folders"
             ) from None
         finally:
             socket.setdefaulttimeout(patience)
 
+    def _read(
+        self, name: str, place: Path, split: str, size: int | None, download: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As `load`. RuntimeError or OSError where torchvision does not find its files or cannot download them."""
+        import torchvision  # here, because it takes seconds and most runs read an npz file or make their data
 
-def _train_test(argument: str = "train", values: tuple = (True, False)) -> dict[str, dict]:
-    return {"train": {argument: values[0]}, "test": {argument: values[1]}}
+        which = {"split": split} if self.by_name else {"train": split == "train"}
+        try:
+            data = getattr(torchvision.datasets, self.class_name)(str(place), **which, download=download)
+        except (RuntimeError, OSError):
+            raise
+        except Exception as error:  # whatever its readers make of broken files
+            what = f"{type(error).__name__} {error}".splitlines()[0][:120]
+            raise UserError(f"torchvision's files of {name} in {place} are broken, remove them: {what}") from None
+        labels = torch.as_tensor(np.asarray(data.labels if hasattr(data, "labels") else data.targets)).long()
+        return to_images(np.asarray(data.data), size), labels
 
 
-_NAMED = ("train", "test")
 DATASETS = {
-    "cifar10": _Published("CIFAR10", "", _train_test()),
-    "cifar100": _Published("CIFAR100", "", _train_test()),
-    "svhn": _Published("SVHN", "SVHN", _train_test("split", _NAMED)),
-    "stl10": _Published(
-        "STL10",
-        "",
-        {**_train_test("split", _NAMED), "unlabeled": {"split": "unlabeled"}},
-    ),
-    "mnist": _Published("MNIST", "", _train_test()),
-    "fashionmnist": _Published("FashionMNIST", "", _train_test()),
+    "cifar10": _Published("CIFAR10"),
+    "cifar100": _Published("CIFAR100"),
+    "svhn": _Published("SVHN", "SVHN", by_name=True),
+    "stl10": _Published("STL10", splits=("train", "test", "unlabeled"), by_name=True),
+    "mnist": _Published("MNIST"),
+    "fashionmnist": _Published("FashionMNIST"),
     "shapes": make_shapes,
     "textures": make_textures,
 }
@@ -97,11 +102,25 @@ class Data(Settings):
 
 
 def check_name(name: str, *more: str) -> str:
-    """The name of a data set, or one of `more`, by its usual spelling. UserError that lists the names for another."""
-    name = _ALIASES.get(name, name)
+    """The name of a data set, or one of `more`, as `canonical_name` spells it. UserError with the names for another."""
+    name = canonical_name(name)
     form, _, path = name.partition(":")
     if name not in (*more, *DATASETS) and not (form in FORMS and path):
         raise UserError(f"unknown data set {name!r}: choose from {', '.join((*more, DATASET_NAMES))}")
+    return name
+
+
+def canonical_name(name: str, root: Path | None = None) -> str:
+    """The same text for the same data, however spelled: `folder:` or `npz:` and an absolute path without links.
+
+    Relative paths start at the working folder. With a data root, a data set whose npz file is there is that file.
+    """
+    name = _ALIASES.get(name, name)
+    form, _, path = name.partition(":")
+    if form in FORMS and path:
+        return f"{form}:{os.path.realpath(os.path.expanduser(path))}"
+    if root is not None and name in DATASETS and (root / f"{name}.npz").exists():
+        return f"npz:{os.path.realpath(root / f'{name}.npz')}"
     return name
 
 
@@ -124,41 +143,59 @@ def load_dataset(
     name, root = check_name(name), Path(root)
     form, _, path = name.partition(":")
     if form in FORMS:
-        return FORMS[form](Path(path).expanduser(), split, size)
+        return FORMS[form](Path(os.path.expanduser(path)), split, size)
     source = DATASETS[name]
     if not isinstance(source, _Published):
         images, labels = source(split)
         return resize(images, size), labels
     offline = root / f"{name}.npz"
     if offline.exists():
-        return _load_npz(offline, split, size)
+        return load_npz(offline, split, size)
     return source.load(name, root, split, size)
 
 
 def load_labelled(name: str, root: str | Path, split: str) -> tuple[Tensor, Tensor]:
     """As `load_dataset`. UserError when an image has no label."""
     images, labels = load_dataset(name, root, split)
-    if (labels < 0).any():
-        raise UserError(f"the {split} split of {name} has images without labels: choose another data set")
+    check_labelled(labels, name, split)
     return images, labels
+
+
+def check_labelled(labels: Tensor, name: str, split: str) -> None:
+    """UserError, with a remedy, where an image of a data set's split has no label."""
+    if (labels < 0).any():
+        remedy = {
+            "imagenet": "sort them into a sub-folder for each class, as valprep.sh does",
+            "folder": "sort them into a sub-folder for each class",
+            "npz": f"give each image a class in y_{split}, 0, 1, ... (-1 is for no label)",
+        }.get(name.partition(":")[0], "choose another data set")
+        raise UserError(f"the {split} split of {name} has images without labels: {remedy}")
+
+
+def held_out(count: int) -> int:
+    """How many of `count` test images, the last, are kept from an attacker who queries the victim's data set."""
+    return HELD_OUT if count > HELD_OUT else (count + 1) // 2
 
 
 def load_queries(name: str, victim_dataset: str, root: str | Path, force: bool = False) -> tuple[Tensor, Tensor, str]:
     """An attacker's images, uint8 (N, 3, H, W), their labels (N,) and their split.
 
-    Of the victim's data set the attacker has the test split without its last HELD_OUT images, which are left for the
-    evaluation; of another data set, or with `force`, the split that encoders are trained on.
+    Of the victim's data set the attacker has the test split without its last `held_out` images, which are left for
+    the evaluation; of another data set, or with `force`, the split that encoders are trained on.
     """
-    if check_name(name) != _ALIASES.get(victim_dataset, victim_dataset) or force:
+    if force or canonical_name(check_name(name), Path(root)) != canonical_name(victim_dataset, Path(root)):
         split = unlabelled_split(name)
         return *load_dataset(name, root, split), split
     images, labels = load_dataset(name, root, "test")
-    if len(images) <= HELD_OUT:
+    kept = held_out(len(images))
+    if kept == len(images):
         raise UserError(
-            f"the test split of {name} has {len(images)} images and its last {HELD_OUT} are kept for the evaluation: "
-            f"query another data set, or its train split with --force"
+            f"the test split of {name} has one image, which is kept for the evaluation: query another data set, or "
+            f"its train split with --force"
         )
-    return images[:-HELD_OUT], labels[:-HELD_OUT], "test"
+    if kept < HELD_OUT and first_process():
+        print(f"{name}: {kept} of its {len(images)} test images, the last, are kept for the evaluation")
+    return images[:-kept], labels[:-kept], "test"
 
 
 def take_balanced(labels: Tensor, count: int, seed: int = 0) -> Tensor:
@@ -194,46 +231,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _to_tensors(dataset, size: int | None) -> tuple[Tensor, Tensor]:
-    """Images and labels of a torchvision data set, which has N x H x W [x 3] arrays or (STL-10, SVHN) N x 3 x H x W."""
-    images = torch.as_tensor(np.asarray(dataset.data))
-    labels = torch.as_tensor(np.asarray(dataset.labels if hasattr(dataset, "labels") else dataset.targets)).long()
-    if images.ndim == 3:
-        # 28 x 28 digits: a black frame keeps them sharp where resizing would blur them.
-        frame = 0 if size is None else (SIZE - images.shape[-1]) // 2
-        images = F.pad(images, [frame] * 4)[:, None].expand(-1, 3, -1, -1)
-    elif images.shape[-1] == 3:
-        images = images.permute(0, 3, 1, 2)
-    return resize(images.contiguous(), size), labels
-
-
-def _load_npz(path: Path, split: str, size: int | None) -> tuple[Tensor, Tensor]:
-    if not path.is_file():
-        raise UserError(f"no file {path}: npz:PATH wants arrays x_train, y_train, x_test, y_test")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays[f"x_{split}"]
-            labels = arrays[f"y_{split}"] if f"y_{split}" in arrays else np.full(images.shape[:1], -1)
-    except KeyError:
-        raise UserError(f"{path} has no array x_{split}: write it with --export, or add it") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is broken or not an npz of plain arrays: {str(error).splitlines()[0][:120]}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f"{path}: x_{split} is {images.dtype} {images.shape}, uint8 (N, H, W, 3) is needed")
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"{path}: y_{split} is {labels.dtype} {labels.shape}, one integer for each of {len(images)} images"
-        )
-    if len(images) == 0:
-        raise UserError(f"{path}: x_{split} has no images")
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return resize(images, size), torch.from_numpy(labels).long()
-
-
-FORMS = {"folder": load_folder, "npz": _load_npz}  # the forms of users' own data, <form>:PATH
+FORMS = {"folder": load_folder, "npz": load_npz}  # of users' data, <form>:PATH
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -246,7 +244,10 @@ def export(name: str, root: Path) -> Path:
     for split in splits:
         images, labels = load_dataset(name, root, split)
         arrays[f"x_{split}"], arrays[f"y_{split}"] = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
-    path = root / f"{name.replace(':', '-').replace('/', '-')}.npz"
+    form, _, source = canonical_name(name).partition(":")
+    if source:  # two paths never have one name
+        name = f"{form}-{Path(source).stem[:40]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
+    path = root / f"{name}.npz"
     root.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)

@@ -1,7 +1,11 @@
-"""Users' own images: files in a folder, or in a sub-folder for each class, and perhaps for each split."""
+"""Users' images: files in a folder, or in a sub-folder for each class, and perhaps for each split."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterator
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +15,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils import UserError, generator
+from files.reading import reading
+from utils import UserError, first_process, generator
+
+# Raster formats that PIL decodes itself: for others it starts programs, or draws what a file describes.
+_FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO")
+_FORMATS += ("PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM")
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+MOST_PIXELS = 89_478_485  # of a picture; where PIL warns of a decompression bomb
+CHUNK_VALUES = 2**24  # that are resized at a time
+_ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
+_TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # in capitals or not
 
 
 def load_folder(folder: Path, split: str, size: int | None) -> tuple[Tensor, Tensor]:
@@ -27,73 +41,179 @@ def load_folder(folder: Path, split: str, size: int | None) -> tuple[Tensor, Ten
     return torch.stack(images), labels
 
 
+# ---- which files -----------------------------------------------------------------------------------------------------
+
+
 def folder_files(folder: Path, split: str) -> tuple[Path, list[str], Tensor]:
     """The files of a split: their folder, the N names below it, and labels int64 (N,), -1 where there are no classes.
 
-    Images are in `folder`/<class>/, or in `folder`/train/<class>/ and `folder`/{test,val}/<class>/. Without folders for
-    the splits, a tenth of each class, drawn by a fixed seed, is the test split. Without folders for the classes, the
-    images in the folder itself are used. UserError when there are none.
+    Images are in `folder`/<class>/, or in `folder`/train/<class>/ and `folder`/{test,val,...}/<class>/. Without folders
+    for the splits, a tenth of each class, drawn by a fixed seed, is the test split. Without folders for the classes,
+    the images in the folder itself are used. UserError when there are none.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: folder:PATH wants a folder of images or of class sub-folders")
-    if (folder / "train").is_dir():
-        places = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
-        wanted = ("train",) if split == "train" else ("test", "val")
-        place = next((places[name] for name in wanted if name in places), None)
-        if place is None:
-            raise UserError(f"{folder} has a sub-folder train but none of {', '.join(wanted)}")
-        return place, *image_files(place, *places.values())
-    names, labels = image_files(folder)
-    test = torch.zeros(len(names), dtype=torch.bool)
+    spelled = {name.lower(): name for name in _sub_folders(folder) if name.lower() in _TRAIN + _TEST}
+    if spelled:
+        train, test = ([folder / spelled[word] for word in words if word in spelled] for words in (_TRAIN, _TEST))
+        if not train:
+            raise UserError(f"{folder} has a sub-folder {test[0].name} but none of train: rename it if it is a class")
+        if split != "train" and not test:
+            raise UserError(f"{folder} has a sub-folder {train[0].name} but none of {', '.join(_TEST)}")
+        return class_files(train if split == "train" else test, train[0])
+    _, names, labels = class_files([folder], folder)
+    in_test = torch.zeros(len(names), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=generator(0, "folder split"))
-        test[members[order[: len(members) // 10]]] = True
-    chosen = (test == (split == "test")).nonzero()[:, 0]
+        in_test[members[order[: len(members) // 10]]] = True
+    chosen = (in_test == (split == "test")).nonzero()[:, 0]
     if len(chosen) == 0:
         raise UserError(
-            f"no images for the {split} split below {folder}: a tenth of each class is held out for the test"
+            f"no images for the {split} split below {folder}, which is a tenth of each class: sort them into {folder}/"
+            f"train and {folder}/test, or have 10 images of a class"
         )
     return folder, [names[i] for i in chosen.tolist()], labels[chosen]
 
 
-def image_files(folder: Path, *splits: Path) -> tuple[list[str], Tensor]:
-    """Names of the N images below a folder, class by class, and their labels int64 (N,), -1 without class sub-folders.
+def class_files(places: Sequence[Path], train: Path) -> tuple[Path, list[str], Tensor]:
+    """As `folder_files`, from the first of the places that has a class of the folder `train`, else the first.
 
-    Classes are numbered over the sub-folders of this folder and of the data set's other `splits`, so that all splits
-    number them alike even if one lacks a class. No file is opened. UserError when there are no images.
+    Classes are numbered by the order of their names in `train`. No picture is opened. UserError for a class of which
+    `train` has no picture.
     """
-    endings = Image.registered_extensions()
+    classes = _sub_folders(train) if train.is_dir() else []
+    place = next((place for place in places if set(_sub_folders(place)) & set(classes)), None)
+    annotated = next((place for place in places if (place / _ANNOTATIONS).is_file()), None)
+    if place is None and annotated:
+        return annotated, *_annotated_files(annotated, classes)
+    place = place or places[0]
+    number = {name: i for i, name in enumerate(classes or _sub_folders(place))}
+    names, labels = [], []
+    flat, others = _pictures(place, "", deep=False)
+    for label in _sub_folders(place):
+        found, more = _pictures(place, label)
+        if found and (label not in number or (classes and place != train and not _pictures(train, label)[0])):
+            raise UserError(_lacking(place, label, train, classes))
+        names += found
+        labels += [number[label]] * len(found) if found else []
+        others += more
+    if names:
+        others += len(flat)
+    else:
+        names, labels = flat, [-1] * len(flat)
+    if not names:
+        raise UserError(f"no images below {place}: images are wanted there, or a sub-folder of images for each class")
+    if others and first_process():
+        print(f"{place}: {others} files that are no pictures, or in no class, are skipped")
+    return place, names, torch.tensor(labels)
 
-    def images(below: str, deep: bool = True) -> Iterator[str]:
+
+def _annotated_files(place: Path, classes: list[str]) -> tuple[list[str], Tensor]:
+    """The files of Tiny-ImageNet's val/, and their labels by its file of lines "name <tab> class <tab> box"."""
+    with reading(place / _ANNOTATIONS, "Tiny-ImageNet's list of files and classes"):
+        rows = [line.split("\t") for line in (place / _ANNOTATIONS).read_text().splitlines()]
+        if not rows:
+            raise ValueError("it is empty")
+        return [os.path.join("images", row[0]) for row in rows], torch.tensor([classes.index(row[1]) for row in rows])
+
+
+def _lacking(place: Path, label: str, train: Path, classes: list[str]) -> str:
+    alike = [name for name in classes if name != label and _folded(name) == _folded(label)]
+    if alike:
+        return f"{place / label} and {train / alike[0]} differ by case only: rename one of them"
+    if label in classes:
+        return f"{train / label} has no images, {place / label} has: add images to train, or remove these"
+    return f"{place / label} is no class of {train}: sort its images into sub-folders named as those, or remove it"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, by name. Names that begin with a dot, and what macOS adds to archives, are no data."""
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    """The names of the sub-folders, in order. UserError for two that differ by case only."""
+    names, spelled, real = [], {}, os.path.realpath(folder)
+    for entry in _entries(folder):
+        if _is(entry.is_dir) and not (entry.is_symlink() and _lies_in(real, os.path.realpath(entry.path))):
+            names.append(entry.name)
+    for name in names:
+        if spelled.setdefault(_folded(name), name) != name:
+            raise UserError(f"{folder / spelled[_folded(name)]} and {folder / name} differ by case only: rename one")
+    return names
+
+
+def _lies_in(folder: str, other: str) -> bool:
+    """Whether a folder is below another, or the same; by their paths without links."""
+    return os.path.join(folder, "").startswith(os.path.join(other, ""))
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """The answer to entry.is_dir or entry.is_file, which follow links. No, for a link to itself."""
+    with contextlib.suppress(OSError):
+        return question()
+    return False
+
+
+def _pictures(place: Path, below: str, deep: bool = True) -> tuple[list[str], int]:
+    """The names of the pictures in a sub-folder, in the order of their paths, and the number of other files.
+
+    Links to folders are followed, each folder once, but for those to a folder that they are in.
+    """
+    names, others, endings = [], 0, _formats()[1]
+    left, links, seen = [], [below], {os.path.realpath(place)} if below else set()
+    while left or links:
+        linked = not left
+        here = (left or links).pop()
+        real = os.path.realpath(place / here)
+        if real in seen or (linked and any(_lies_in(known, real) for known in seen)):
+            continue
+        seen.add(real)
         # A listing says what is a folder. Asking about each of a million files would take minutes.
-        with os.scandir(folder / below) as entries:
-            for entry in entries:
-                name = os.path.join(below, entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    yield from images(name) if deep else ()
-                elif os.path.splitext(name)[1].lower() in endings:
-                    yield name
+        for entry in _entries(place / here):
+            name = os.path.join(here, entry.name)
+            if _is(entry.is_dir):
+                if deep:
+                    (links if entry.is_symlink() else left).append(name)
+            elif os.path.splitext(name)[1].lower() in endings and _is(entry.is_file):
+                names.append(name)
+            else:
+                others += 1
+    return sorted(names, key=lambda name: name.split(os.sep)), others
 
-    def in_order(names: Iterator[str]) -> list[str]:
-        return sorted(names, key=lambda name: name.split(os.sep))
 
-    classes = {place: {entry.name for entry in os.scandir(place) if entry.is_dir()} for place in (folder, *splits)}
-    number = {name: i for i, name in enumerate(sorted(set().union(*classes.values())))}
-    labelled = [(name, number[label]) for label in sorted(classes[folder]) for name in in_order(images(label))]
-    found = labelled or [(name, -1) for name in in_order(images("", deep=False))]
-    if not found:
-        raise UserError(f"no images below {folder}: images are wanted there, or a sub-folder of images for each class")
-    names, labels = zip(*found, strict=True)
-    return list(names), torch.tensor(labels)
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _formats() -> tuple[list[str], set[str]]:
+    """The formats of _FORMATS that this build of PIL has, and the endings of their files."""
+    endings = {ending for ending, form in Image.registered_extensions().items() if form in _FORMATS}
+    return [form for form in _FORMATS if form in Image.OPEN], endings
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The image in a file, converted to RGB. UserError naming the file when it can't be read."""
+    """The image in a file, converted to RGB; it is not turned as its EXIF data say. UserError when it can't be read."""
+    warnings.filterwarnings("ignore", module="PIL")
     try:
-        with Image.open(path) as file:
-            if file.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip to white
-                return file.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+        with Image.open(path, formats=_formats()[0]) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels are more than {MOST_PIXELS:,}, shrink it")
+            if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):
+                # 16 bits of grey, which PIL would clip to white. A TIFF may have 12 bits, which are not scaled to 16.
+                bits = file.tag_v2[_BITS_PER_SAMPLE][0] if file.format == "TIFF" else 16
+                return Image.fromarray((np.asarray(file) >> (bits - 8)).astype(np.uint8)).convert("RGB")
+            if file.mode == "F" and np.min(file) >= 0 and np.max(file) <= 1:
+                return Image.fromarray((np.asarray(file) * 255).round().astype(np.uint8)).convert("RGB")
+            if file.mode in ("I", "F"):
+                raise ValueError("the range of its 32-bit pixels is not known, store 8 or 16 bits, or floats to 1")
             return file.convert("RGB")
     except Exception as error:  # broken files make PIL's decoders raise nearly anything
         raise UserError(f"{path} is not an image that can be read: {' '.join(str(error).split())[:120]}") from None
@@ -111,5 +231,9 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     """Images uint8 (N, 3, H, W) resized to size x size with antialiasing; as they are where `size` is None."""
     if size is None or images.shape[-2:] == (size, size):
         return images
-    parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True) for part in images.split(1024)]
-    return torch.cat([part.round_().clamp_(0, 255).to(torch.uint8) for part in parts])
+    resized = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    step = max(1, CHUNK_VALUES // images[0].numel())
+    for part, target in zip(images.split(step), resized.split(step), strict=True):
+        views = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        target.copy_(views.round_().clamp_(0, 255))
+    return resized

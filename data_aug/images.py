@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from data_aug.augment import FLIP_RATE, check_images, draw_boxes
 from data_aug.datasets import check_name, load_dataset
-from data_aug.folders import folder_files, image_files, read_picture
+from data_aug.folders import class_files, folder_files, read_picture
 from data_aug.workers import Item, stream
 from settings import Settings, setting
 from utils import UserError, generator
@@ -68,20 +68,28 @@ def whole(count: int) -> slice:
     return slice(count)
 
 
-class Images(Protocol):
+class Images(ABC):
     """N images of one size, in memory or streamed."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
     @property
+    @abstractmethod
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
 
+    @abstractmethod
     def __getitem__(self, index: slice | Tensor) -> Self:
         """Some of the images, in the order of the index."""
 
+    @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """The same images, on the device as far as they are in memory."""
+
+    @abstractmethod
+    def _read(self, parts: Sequence[Tensor], device: torch.device, epoch: int) -> Iterator[Tensor]:
+        """The images at the indices of each part, int64 (b,): uint8 (b, 3, H, W) on the device."""
 
     def batches(
         self,
@@ -93,11 +101,18 @@ class Images(Protocol):
         """The batches of images at these indices, int64 (B,) each on any device.
 
         epoch: streamed views may differ between epochs. share: from a batch's size to this process's rows of it.
+        Workers end when the iterator is closed or exhausted.
         """
+        if not index:
+            return
+        local = [part[share(len(part))] for part in index]
+        with contextlib.closing(self._read(local, device, epoch)) as read:
+            for batch, images in zip(_moved(index, device), read, strict=True):
+                yield Batch(batch, batch[share(len(batch))], images)
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class Stored(Images):
     """Images in memory, uint8 (N, 3, H, W), on the device that the tensor is on. ValueError for other tensors."""
 
     tensor: Tensor
@@ -119,21 +134,12 @@ class Stored:
     def to(self, device: torch.device | str) -> "Stored":
         return Stored(self.tensor.to(device))
 
-    def batches(
-        self,
-        index: Sequence[Tensor],
-        device: torch.device,
-        epoch: int = 0,
-        share: Callable[[int], slice] = whole,
-    ) -> Iterator[Batch]:
-        """As `Images`; all epochs are alike."""
-        for batch, part in zip(_moved(index, device), _moved(index, self.tensor.device), strict=True):
-            rows = share(len(batch))
-            yield Batch(batch, batch[rows], self.tensor[part[rows]].to(device))
+    def _read(self, parts: Sequence[Tensor], device: torch.device, epoch: int) -> Iterator[Tensor]:
+        return (self.tensor[rows].to(device) for rows in _moved(parts, self.tensor.device))
 
 
 @dataclass(frozen=True, eq=False)
-class Streamed:
+class Streamed(Images):
     """Images that are read when they are needed: the views at `positions` (N,), made by `workers` processes."""
 
     views: "Views"
@@ -151,25 +157,13 @@ class Streamed:
         return Streamed(self.views, self.positions[index], self.workers)
 
     def to(self, device: torch.device | str) -> "Streamed":
-        """As `Images`: itself, since nothing is in memory."""
         return self
 
-    def batches(
-        self,
-        index: Sequence[Tensor],
-        device: torch.device,
-        epoch: int = 0,
-        share: Callable[[int], slice] = whole,
-    ) -> Iterator[Batch]:
-        """As `Images`. The workers end when the iterator is closed or exhausted."""
-        if not index:
-            return
+    def _read(self, parts: Sequence[Tensor], device: torch.device, epoch: int) -> Iterator[Tensor]:
         # Copied before the first batch: later, reading an index would wait for the device's steps.
-        positions = [self.positions[part[share(len(part))]].tolist() for part in _moved(index, self.positions.device)]
+        positions = [self.positions[rows].tolist() for rows in _moved(parts, self.positions.device)]
         items = ([(position, epoch) for position in part] for part in positions)
-        with contextlib.closing(stream(self.views, items, self.workers, device)) as batches:
-            for batch, images in zip(_moved(index, device), batches, strict=True):
-                yield Batch(batch, batch[share(len(batch))], images)
+        return stream(self.views, items, self.workers, device)
 
 
 def as_images(x: Tensor | Images) -> Images:
@@ -187,7 +181,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _moved(index: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     """The index tensors on a device, copied there together."""
-    return torch.cat([*index]).to(device).split([len(part) for part in index]) if len(index) else ()
+    return torch.cat([*index]).to(device).split([len(part) for part in index])
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -248,7 +242,7 @@ def open_pictures(name: str, root: str | Path, split: str) -> Pictures:
     if name == "imagenet":
         folder, names, labels = _imagenet(Path(root), split)
     elif form == "folder":
-        folder, names, labels = folder_files(Path(path).expanduser(), split)
+        folder, names, labels = folder_files(Path(os.path.expanduser(path)), split)
     else:
         images, labels = load_dataset(name, root, split, size=None)
         return _InMemory(name, split, labels, images)
@@ -263,8 +257,7 @@ def _imagenet(root: Path, split: str) -> tuple[Path, list[str], Tensor]:
             f"no ImageNet: no folder {place}; name with --data a folder that has, itself or in a sub-folder imagenet, "
             f"train/ and val/ with a sub-folder of images for each class"
         )
-    splits = [base / name for name in _IMAGENET.values() if (base / name).is_dir()]
-    return place, *image_files(place, *splits)
+    return class_files([place], base / "train")
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def blur_radius(size: int) -> int:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each image with its own sigma, borders reflected without their edge pixel.
+    """Blur each image by its sigma, borders reflected without their edge pixel.
 
     x float32 (N, C, S, S); sigma (N,) in pixels, > 0; radius in pixels, < S -> a new tensor. Weights as in
     torchvision: exp(-offset² / (2 sigma²)) at whole pixels up to the radius, normalised to sum 1.

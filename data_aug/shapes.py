@@ -12,11 +12,6 @@ from torch import Tensor
 
 Array = np.ndarray
 
-SHAPE_CLASSES = ("disc", "triangle", "square", "star", "ring", "cross", "half-disc", "arc", "bars", "dots")
-TEXTURE_CLASSES = (
-    "stripes", "checks", "gradient", "fine noise", "coarse noise", "waves", "rings", "rays", "blobs", "zigzag",
-)  # fmt: skip
-
 SIZE = 32  # pixels per side
 SPLITS = {"train": 6_000, "test": 4_000}
 _CLASSES = 10
@@ -34,18 +29,6 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 # x, y: coordinates in units of the motif's radius. Negative inside; the unit circle contains every shape.
 
 
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.8
-
-
-def _triangle(x: Array, y: Array) -> Array:
-    return np.maximum(-y, np.abs(x) * 0.75**0.5 + y * 0.5) - 0.5
-
-
-def _square(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.7
-
-
 def _star(x: Array, y: Array) -> Array:
     # Fold the plane into a tenth, where the outline is the line from a tip (radius 1) to a notch (radius 0.4).
     sector = np.pi / 5
@@ -56,25 +39,9 @@ def _star(x: Array, y: Array) -> Array:
     return ((along_x - 1) * notch_y + along_y * (1 - notch_x)) / length
 
 
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.72) - 0.2
-
-
 def _cross(x: Array, y: Array) -> Array:
     x, y = np.abs(x), np.abs(y)
     return np.maximum(np.maximum(x, y) - 0.92, np.minimum(x, y) - 0.25)
-
-
-def _half_disc(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y + 0.4) - 0.95, -0.4 - y)
-
-
-def _arc(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.8) - 0.2, -0.35 - y)
-
-
-def _bars(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.abs(x) - 0.45) - 0.2, np.abs(y) - 0.8)
 
 
 def _dots(x: Array, y: Array) -> Array:
@@ -83,7 +50,19 @@ def _dots(x: Array, y: Array) -> Array:
     return np.minimum.reduce([np.hypot(x - 0.6 * np.cos(a), y - 0.6 * np.sin(a)) for a in angles]) - 0.33
 
 
-_SHAPES = (_disc, _triangle, _square, _star, _ring, _cross, _half_disc, _arc, _bars, _dots)
+_SHAPES = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.8,
+    "triangle": lambda x, y: np.maximum(-y, np.abs(x) * 0.75**0.5 + y * 0.5) - 0.5,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.7,
+    "star": _star,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
+    "cross": _cross,
+    "half-disc": lambda x, y: np.maximum(np.hypot(x, y + 0.4) - 0.95, -0.4 - y),
+    "arc": lambda x, y: np.maximum(np.abs(np.hypot(x, y + 0.35) - 0.8) - 0.2, -0.35 - y),
+    "bars": lambda x, y: np.maximum(np.abs(np.abs(x) - 0.45) - 0.2, np.abs(y) - 0.8),
+    "dots": _dots,
+}
+SHAPE_CLASSES = tuple(_SHAPES)
 
 
 # ---- common parts: random numbers, coordinates, colours -------------------------------------------------------------
@@ -155,7 +134,7 @@ def _shape_masks(rng: np.random.Generator, labels: Array) -> Array:
     x, y = ((z - cell - 0.5) * period / radius for z, cell in ((x, column), (y, row)))
     x, y = _rotate(x, y, turn + column * turn_by_column + row * turn_by_row)
     distance = np.empty_like(x)
-    for label, shape in enumerate(_SHAPES):
+    for label, shape in enumerate(_SHAPES.values()):
         chosen = labels == label
         distance[chosen] = shape(x[chosen], y[chosen])
     return np.clip(0.5 - distance * radius, 0, 1)  # an edge one pixel wide: anti-aliased
@@ -184,19 +163,6 @@ def _checks(rng: np.random.Generator, n: int) -> Array:
     return 4 * np.sin((x + _uniform(rng, n, 0, 9)) * 2 * np.pi / period) * np.sin(y * 2 * np.pi / period)
 
 
-def _gradient(rng: np.random.Generator, n: int) -> Array:
-    x, _ = _plane(rng, n)
-    return x / 16 + _uniform(rng, n, -0.5, 0.5)
-
-
-def _fine_noise(rng: np.random.Generator, n: int) -> Array:
-    return 1.5 * _noise(rng, n, SIZE)
-
-
-def _coarse_noise(rng: np.random.Generator, n: int) -> Array:
-    return 1.5 * _noise(rng, n, 6)
-
-
 def _waves(rng: np.random.Generator, n: int) -> Array:
     waves = []
     for _ in range(4):
@@ -208,10 +174,6 @@ def _waves(rng: np.random.Generator, n: int) -> Array:
 def _centred(rng: np.random.Generator, n: int) -> tuple[Array, Array]:
     x, y = _plane(rng, n)
     return x + _uniform(rng, n, -12, 12), y + _uniform(rng, n, -12, 12)
-
-
-def _rings(rng: np.random.Generator, n: int) -> Array:
-    return 2 * np.sin(np.hypot(*_centred(rng, n)) * 2 * np.pi / _log_uniform(rng, n, 4, 12))
 
 
 def _rays(rng: np.random.Generator, n: int) -> Array:
@@ -235,12 +197,24 @@ def _zigzag(rng: np.random.Generator, n: int) -> Array:
     return 3 * np.sin((x + 1.3 * fold) * 2 * np.pi / _log_uniform(rng, n, 5, 12))
 
 
-_TEXTURES = (_stripes, _checks, _gradient, _fine_noise, _coarse_noise, _waves, _rings, _rays, _blobs, _zigzag)
+_TEXTURES = {
+    "stripes": _stripes,
+    "checks": _checks,
+    "gradient": lambda rng, n: _plane(rng, n)[0] / 16 + _uniform(rng, n, -0.5, 0.5),
+    "fine noise": lambda rng, n: 1.5 * _noise(rng, n, SIZE),
+    "coarse noise": lambda rng, n: 1.5 * _noise(rng, n, 6),
+    "waves": _waves,
+    "rings": lambda rng, n: 2 * np.sin(np.hypot(*_centred(rng, n)) * 2 * np.pi / _log_uniform(rng, n, 4, 12)),
+    "rays": _rays,
+    "blobs": _blobs,
+    "zigzag": _zigzag,
+}
+TEXTURE_CLASSES = tuple(_TEXTURES)
 
 
 def _draw_textures(rng: np.random.Generator, labels: Array) -> Array:
     amounts = np.empty((len(labels), SIZE, SIZE))
-    for label, texture in enumerate(_TEXTURES):
+    for label, texture in enumerate(_TEXTURES.values()):
         amounts[labels == label] = texture(rng, int((labels == label).sum()))
     return _paint(rng, np.clip(amounts / 2 + 0.5, 0, 1), (0.2, 0.7), 0.8)
 
@@ -255,10 +229,8 @@ def _make(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     n = SPLITS[split] if n is None else n
-    if n < 0:
-        raise ValueError(f"n must not be negative, got {n}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    if min(n, seed) < 0:
+        raise ValueError(f"n and seed must not be negative, got {n} and {seed}")
     images = torch.empty((n, 3, SIZE, SIZE), dtype=torch.uint8)
     labels = torch.empty(n, dtype=torch.int64)
     for start in range(0, n, _BLOCK):
@@ -277,10 +249,8 @@ def make_shapes(split: str = "train", n: int | None = None, seed: int = 0) -> tu
     """Ten classes of drawn shapes (`SHAPE_CLASSES`) in random colours, sizes, places and directions.
 
     Returns images, uint8 (n, 3, 32, 32), and labels, int64 (n,). `n` defaults to 6,000 for "train" and 4,000 for
-    "test"; a smaller request gets the first images of a larger request. Every ten successive images have each class
-    once, in random order. The same arguments give the same images; global random states are neither read nor changed.
-
-    Raises ValueError for an unknown split, a negative n or a negative seed.
+    "test"; a smaller n gives the first of these images. Every ten successive images have each class once, in random
+    order. The same arguments give the same images. ValueError for an unknown split, a negative n or a negative seed.
     """
     return _make(_draw_shapes, 0, split, n, seed)
 

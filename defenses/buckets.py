@@ -64,7 +64,9 @@ class Buckets(Defence):
     def __post_init__(self):
         super().__post_init__()
         if self.bucket_alpha <= self.bucket_lambda:
-            raise UserError(f"--bucket-alpha {self.bucket_alpha} is not above --bucket-lambda {self.bucket_lambda}")
+            raise UserError(
+                f"--bucket-alpha {self.bucket_alpha} is not above --bucket-lambda {self.bucket_lambda}: raise it"
+            )
 
     def sigma(self, coverage: Tensor) -> Tensor:
         """Standard deviation of the noise at a coverage in percent."""

@@ -23,9 +23,10 @@ def halves(count: int, number: int | None = None, seed: int = 0) -> tuple[Tensor
     """
     number = number or count
     if number > count:
-        raise UserError(f"--num-train {number}: the victim was trained on {count} images")
+        raise UserError(f"--num-train {number}: the victim was trained on {count} images, give {count} or less")
     if number < 4:
-        raise UserError(f"{number} training images are too few for dataset inference: each half needs 2")
+        remedy = "give --num-train 4 or more" if count >= 4 else "try --method watermark"
+        raise UserError(f"{number} training images are too few for dataset inference: {remedy}")
     order = torch.randperm(count, generator=generator(seed, "halves"))[:number]
     return order[: number // 2], order[number // 2 : number // 2 * 2]
 

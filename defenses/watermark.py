@@ -68,7 +68,7 @@ def check_width(mlp: WatermarkMLP, encoder: SimCLREncoder, name: str = "this enc
     if mlp.input.in_features != encoder.dim:
         raise UserError(
             f"{name} gives representations of {encoder.dim} numbers, the victim's watermark reads "
-            f"{mlp.input.in_features}: only an encoder of that width can be verified by it"
+            f"{mlp.input.in_features}: verify it by --method dataset-inference"
         )
 
 
@@ -80,7 +80,7 @@ def watermark_scores(
 
     Returns whether each of its answers was right, bool (2 * N,), and the probability it gave to the right label
     (2 * N,), on the CPU, in the order of `half_turns`. Angles depend on the seed only, not on the encoder. UserError
-    when the MLP expects representations of another width.
+    when the MLP expects representations of another width, or these are no numbers.
     """
     check_width(mlp, encoder)
     encoder, mlp = encoder.to(precision.device).eval(), mlp.to(precision.device)
@@ -90,6 +90,10 @@ def watermark_scores(
         turned, half = half_turns(part.to(precision.device), draw_turns(len(part), draws).to(precision.device))
         with precision.autocast():
             h = encoder(turned.contiguous(memory_format=precision.memory_format)).float()
+        if not h.norm(dim=1).isfinite().all():
+            raise UserError(
+                "an encoder gives representations that are too large or no numbers: give another checkpoint"
+            )
         given.append(mlp(h).softmax(dim=1).gather(1, half[:, None]).view(2, -1).cpu())
     probability = torch.cat(given, dim=1).flatten()
     return probability > 0.5, probability

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data_aug.datasets import DATASET_NAMES, check_name, load_labelled, take_balanced
+from data_aug.datasets import DATASET_NAMES, canonical_name, check_name, load_labelled, take_balanced
 from data_aug.images import Stored
 from evaluation.encoders import independent_of, victim_of
 from evaluation.fidelity import compare
@@ -23,7 +23,7 @@ from training.recipe import Recipe
 from training.record import Record
 from training.represent import represent
 from training.run import Run
-from utils import Precision, seeded
+from utils import Precision, UserError, seeded
 
 Others = dict[str, tuple[str, SimCLREncoder]]  # a copy's victim and an independent encoder, each with its name
 
@@ -31,11 +31,13 @@ Others = dict[str, tuple[str, SimCLREncoder]]  # a copy's victim and an independ
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
+def _released(command: Command) -> str | None:
+    return "with --recipe released" if command.recipe == "released" else None
+
+
 def instead_of_probe(command: Command) -> str | None:
     """Why no probe of frozen representations is trained; None where it is."""
-    if command.recipe == "released":
-        return "with --recipe released"
-    return "with --finetune" if command.finetune else None
+    return _released(command) or ("with --finetune" if command.finetune else None)
 
 
 def _without_layer(command: Command) -> str | None:
@@ -60,20 +62,12 @@ class Downstream(Settings):
         title="data",
     )
     num_labeled: int = setting(
-        50000, "number of labelled images, class-balanced", at_least=1, flags=("-n", "--num-labeled"), title="data"
+        50000, "number of labelled images, class-balanced", at_least=2, flags=("-n", "--num-labeled"), title="data"
     )
     num_test: int | None = setting(
-        None,
-        "use the last N test images",
-        at_least=1,
-        otherwise="all that the copy cannot have queried",
-        title="data",
+        None, "use the last N test images", at_least=1, otherwise="all that the copy cannot have queried", title="data"
     )
-    finetune: bool = setting(
-        False,
-        "fine-tune the whole encoder on the labelled images instead",
-        acts=lambda command: "with --recipe released" if command.recipe == "released" else None,
-    )
+    finetune: bool = setting(False, "fine-tune the whole encoder on the labelled images instead", acts=_released)
     save: bool = setting(False, "save the classifier, encoder and linear layer, in a checkpoint", acts=_without_layer)
     fidelity: bool = setting(False, "compare the copy with its victim", acts=_without_copy, title="fidelity")
     independent: str | None = setting(
@@ -91,16 +85,27 @@ class Downstream(Settings):
 
 
 def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labelled, Labelled, int]:
-    """Labelled training and test images, and how many of the latter were queried for the copy in this checkpoint."""
+    """Labelled training and test images, and how many of the latter were left out, because the copy queried them.
+
+    A copy whose file does not say what it queried is tested on the images that the 2022 code never queries, unless
+    --dataset says that its victim is of another data set.
+    """
     chosen: Downstream = command[Downstream]
-    images, labels = load_labelled(chosen.dataset_test, root, "train")
+    name = chosen.dataset_test
+    images, labels = load_labelled(name, root, "train")
     if chosen.num_labeled < len(labels):
         index = take_balanced(labels, chosen.num_labeled, command.seed)
         images, labels = images[index], labels[index]
-    last_thousand = command.recipe == "released" and chosen.dataset_test != "stl10"
+    if len(labels.unique()) < 2:
+        raise UserError(f"the labelled images of {name} are all of one class: choose another data set")
     record = Record.of(checkpoint)
-    *test, queried = load_test(chosen.dataset_test, root, record, chosen.num_test, last_thousand)
-    return (images, labels), tuple(test), queried
+    silent = command.modeltype == "stolen" and record.query_set is None
+    silent &= canonical_name(command.given.get("dataset", name), root) == canonical_name(name, root)
+    last_thousand = silent or (command.recipe == "released" and name != "stl10")
+    *test, left_out = load_test(name, root, record, number=chosen.num_test, last_thousand=last_thousand)
+    if silent and chosen.num_test is None:
+        print(f"the file does not say what was queried: tested on the last {len(test[1])} test images (--num-test)")
+    return (images, labels), tuple(test), left_out
 
 
 def open_others(command: Command, path: Path, checkpoint: Mapping, precision: Precision) -> Others:
@@ -126,15 +131,16 @@ def judge_encoder(
     def each_epoch(epoch: int, scores: dict[str, float]) -> None:
         run.log(epoch + 1, {"epoch": epoch, **scores})
 
-    if command.recipe == "released":
+    if _released(command):
         settings = {"epochs": probe.probe_epochs, "batch_size": probe.batch_size, "each_epoch": each_epoch}
         return released_probe(encoder, train, test, probe.lr, precision, seed=seed, **settings), {}
     if command.finetune:
         return finetuned_scores(encoder, train, test, probe, run, seed), {}
     space = represent_both(encoder, train, test, precision)
     scores, state = scores_by(probe, *space, seed, each_epoch)
-    if command.save:
-        state |= _backbone_of(encoder)
+    if command.save:  # the weights without the head, by the keys of the 2022 code
+        weights = {key.removeprefix("backbone."): value.cpu() for key, value in encoder.state_dict().items()}
+        state |= {key: value for key, value in weights.items() if not key.startswith("fc.")}
     if others:
         spaces = {name: represent_both(other, train, test, precision) for name, (_, other) in others.items()}
         head = encoder.backbone.fc if encoder.has_head else None
@@ -150,14 +156,9 @@ def finetuned_scores(
     model = copy.deepcopy(encoder).requires_grad_(True)
     with seeded(seed, "probe"):
         model.backbone.fc = nn.Linear(model.dim, classes_of(train, test))
-    recipe = Recipe(probe.probe_epochs, probe.batch_size, probe.lr, weight_decay=8e-4, seed=seed)
+    batch_size = min(probe.batch_size, len(train[1]))
+    recipe = Recipe(probe.probe_epochs, batch_size, probe.lr, weight_decay=8e-4, seed=seed)
     trainer = SimCLR(model, TRAIN_LOSSES["supervised"], recipe, run.below("finetuned", "finetuned"))
     trainer.train(Stored(train[0]), train[1], views=1)
     logits = represent(model, test[0], run.precision, output=model.project)
     return top1_top5(logits, test[1].to(run.precision.device))
-
-
-def _backbone_of(encoder: SimCLREncoder) -> dict[str, Tensor]:
-    """The encoder's weights without its head, by the keys of the 2022 code."""
-    state = encoder.state_dict()
-    return {k.removeprefix("backbone."): v.cpu() for k, v in state.items() if not k.startswith("backbone.fc.")}

@@ -1,6 +1,7 @@
-"""Which encoder linear_eval.py judges, and compares with which others: found by the settings of their runs."""
+"""Which encoder is judged, and with which others it is compared: found by the settings of their runs."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from attacks.queries import QueryChoice
 from defenses import DEFENCES, DefenceChoice, resolve_defences
 from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import ARCHITECTURES, USUAL, SimCLREncoder, arch_name, build_encoder, read_checkpoint
-from settings import Command, Setting, Settings, setting, settings_of
+from settings import Command, Settings, setting, settings_of
 from training import finding
 from training.objective import LossChoice
-from training.run import CHECKPOINT
+from training.run import CHECKPOINT, plain
 from utils import UserError, seeded
 from victim import version_of
 
@@ -53,26 +54,22 @@ class Trained(Settings):
 
 
 class Sought:
-    """The settings of another owner as flags by which an encoder is found: only flags that are given count.
+    """The settings of another owner as flags by which an encoder is found, with these values of --modeltype.
 
-    They are never in force, so config.yml leaves them out. `kinds` are the values of --modeltype with which they have
-    an effect.
+    Only flags that are given count. They are never in force, so config.yml leaves them out.
     """
 
     def __init__(self, owner: Any, *kinds: str):
         self.kinds, self.title = kinds, owner.title
-        self.settings = {name: _as_flag(declared) for name, declared in settings_of(owner).items()}
+        self.settings = {}
+        for name, declared in settings_of(owner).items():
+            switch = declared.optional_value or declared.kind is bool
+            flag = dataclasses.replace(declared, read=declared.parse, optional_value=switch, otherwise="any")
+            self.settings[name] = dataclasses.field(default=declared.default, metadata={"setting": flag})
 
     def absent(self, command: Command) -> str | None:
         """Why the flags have no effect; None where they select an encoder."""
         return None if command.modeltype in self.kinds else f"with --modeltype {command.modeltype}"
-
-
-def _as_flag(declared: Setting) -> dataclasses.Field:
-    """A field for the setting, parsed as its owner parses it."""
-    switch = declared.optional_value or declared.kind is bool
-    again = dataclasses.replace(declared, read=declared.parse, optional_value=switch, otherwise="any")
-    return dataclasses.field(default=declared.default, metadata={"setting": again})
 
 
 def _sought() -> list[Sought]:
@@ -87,9 +84,8 @@ def _sought() -> list[Sought]:
 
 SOUGHT = _sought()  # every owner of settings that distinguish victims or copies
 SOUGHT_NAMES = {name for owner in SOUGHT for name in owner.settings}
-# Flags that a victim's run, or a copy's, has under another name.
-_OF_VICTIM = {"epochstrain": "epochs", "lossvictim": "losstype"}
-_OF_COPY = {"arch": "archstolen"}
+# Flags that runs of this kind have under another name.
+_RENAMED = {"victim": {"epochstrain": "epochs", "lossvictim": "losstype"}, "stolen": {"arch": "archstolen"}}
 
 
 def settle_search(command: Command) -> None:
@@ -105,9 +101,11 @@ def settle_search(command: Command) -> None:
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 
+Opened = tuple[Path, dict, SimCLREncoder]  # an encoder's file, its content, and the encoder
 
-def open_judged(command: Command) -> tuple[Path | None, dict, SimCLREncoder]:
-    """The encoder to judge, with its file and checkpoint; no file for a random encoder.
+
+def open_judged(command: Command) -> Opened | tuple[None, dict, SimCLREncoder]:
+    """The encoder to judge; no file for a random encoder.
 
     UserError when no encoder or several encoders fit the flags given, or the file contradicts them.
     """
@@ -115,43 +113,73 @@ def open_judged(command: Command) -> tuple[Path | None, dict, SimCLREncoder]:
     if kind == "random":
         with seeded(command.seed):
             return None, {}, build_encoder(command.arch)
-    renamed = _OF_VICTIM if kind == "victim" else _OF_COPY
     decide = (SOUGHT_NAMES | {"arch"}) - {"victim", "stolen", "head", "entropy"}
-    named = {name: renamed.get(name, name) for name in command.given if name in decide}
-    wanted = {setting: command.given[name] for name, setting in named.items()}
-    preferred = {name: command.given[name] for name in ("seed", "recipe") if name in command.given}
+    named = {name: _RENAMED[kind].get(name, name) for name in command.given if name in decide}
     root = None
     if kind == "stolen" and command.victim and not command.stolen:
         root = finding.home_of(finding.find(command, "victim", "victim", {}), command.checkpoint_dir)
-    path = finding.find(command, kind, kind, wanted, root, preferred=preferred)
-    checkpoint = read_checkpoint(path)
-    finding.check_finished(checkpoint, path)
+    path, checkpoint, encoder = open_found(command, kind, kind, named, root, command.given.get("arch"))
+    if kind == "stolen" and command.victim and command.stolen and not command.fidelity:
+        victim_of(command, path, checkpoint)  # is it this copy's?
+    return path, checkpoint, encoder
+
+
+def open_found(
+    command: Command, flag: str, kind: str, named: Mapping[str, str], root: Path | None = None, arch: str | None = None
+) -> Opened:
+    """The encoder that --`flag` names, or that of a run of this kind below `root`, with the settings of given flags.
+
+    named: those flags, with the setting of the run that each refers to. UserError where the file contradicts them.
+    """
+    wanted = {of_run: command.given[name] for name, of_run in named.items()}
+    preferred = {name: command.given[name] for name in ("seed", "recipe") if name in command.given}
+    path = finding.find(command, flag, kind, wanted, root, preferred=preferred)
+    checkpoint = _read_finished(path)
+    if flag == "victim":
+        _refuse_copy(checkpoint, path)
+    elif checkpoint.get("kind") == "victim":
+        raise UserError(f"{path} is a victim, not a copy: give --modeltype victim --victim {path}")
     finding.check_named(checkpoint, path, command, named)
-    return path, checkpoint, victims.encoder_of(checkpoint, path, command.given.get("arch"))
+    known = checkpoint.get("settings", {})
+    for name, of_run in named.items():
+        # A file from elsewhere says nothing; where a run of this project has no such setting, it was not in force.
+        if "losstype" in known and known.get(of_run) is None and command.given[name]:
+            spelled = command.parser.settings[name].flag
+            raise UserError(f"{path} was made without {of_run} {plain(command.given[name])}: leave out {spelled}")
+    return path, checkpoint, victims.encoder_of(checkpoint, path, arch)
 
 
 def open_owner(path: Path) -> tuple[SimCLREncoder, dict]:
     """A victim's encoder and its training settings. UserError for a copy or an unfinished victim."""
+    checkpoint = _read_finished(path)
+    _refuse_copy(checkpoint, path)
+    return victims.encoder_of(checkpoint, path), checkpoint.get("settings", {})
+
+
+def _read_finished(path: Path) -> dict:
     checkpoint = read_checkpoint(path)
     finding.check_finished(checkpoint, path)
-    if "query_digests" in checkpoint:
-        raise UserError(f"{path} is a copy and may have been trained on these test images: give its victim")
-    return victims.encoder_of(checkpoint, path), checkpoint.get("settings", {})
+    return checkpoint
+
+
+def _refuse_copy(checkpoint: Mapping, path: Path) -> None:
+    if {"query_set", "query_digests", "stolen_from"} & checkpoint.keys():
+        raise UserError(f"{path} is a copy, which may have been trained on the test images: give its victim")
 
 
 # ---- the encoders that a copy is compared with -----------------------------------------------------------------------
 
 
-def victim_of(command: Command, copy: Path, checkpoint: dict) -> tuple[Path, SimCLREncoder]:
-    """The victim that a copy was stolen from. UserError when the file holds other weights, or none is known."""
+def victim_of(command: Command, copy: Path, checkpoint: Mapping) -> tuple[Path, SimCLREncoder]:
+    """The victim that a copy was stolen from. UserError when the file has other weights, or none is known."""
     above = copy.parent.parent / CHECKPOINT  # true also after the folder of all runs was moved
-    version = checkpoint.get("stolen_from")
-    if version is None and not command.victim:  # a copy of the 2022 code
-        raise UserError(f"{copy} does not say which victim it was stolen from: give --victim PATH")
+    version, known = checkpoint.get("stolen_from"), checkpoint.get("settings", {}).get("victim")
     if command.victim:
         path = finding.find(command, "victim", "victim", {})
-    else:
-        path = above if above.exists() else Path(checkpoint["settings"]["victim"])
+    elif version and (above.exists() or isinstance(known, str)):
+        path = above if above.exists() else Path(known)
+    else:  # a copy of the 2022 code
+        raise UserError(f"{copy} does not say which victim it was stolen from: give --victim PATH")
     encoder = victims.encoder_of(read_checkpoint(path), path)
     if version not in (None, version_of(encoder)):
         raise UserError(
@@ -167,16 +195,14 @@ def independent_of(command: Command, victim: Path, encoder: SimCLREncoder) -> tu
             raise UserError(f"{victim} is a {encoder.arch}, which cannot be built here: give --independent PATH")
         with seeded(command.seed, "independent"):
             return "random", build_encoder(encoder.arch)
-    settings = read_checkpoint(victim).get("settings", {})
+    settings = {"arch": encoder.arch, **read_checkpoint(victim).get("settings", {})}
     there = finding.runs_below(command.checkpoint_dir, "victim")
     path = finding.find(
         command,
         "independent",
         "victim",
-        {name: settings.get(name) for name in ("dataset", "arch")},
+        {name: settings[name] for name in ("dataset", "arch") if name in settings},
         besides=next((path for path in there if path.samefile(victim)), None),
         preferred={name: settings.get(name) for name in ("losstype", "epochs")},
     )
-    checkpoint = read_checkpoint(path)
-    finding.check_finished(checkpoint, path)
-    return str(path), victims.encoder_of(checkpoint, path)
+    return str(path), victims.encoder_of(_read_finished(path), path)

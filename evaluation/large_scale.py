@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attacks import victims
-from data_aug.datasets import DATASET_NAMES
+from data_aug.datasets import DATASET_NAMES, check_labelled
 from data_aug.images import Pictures, Streamed, Views, open_pictures, picture_name
+from evaluation.encoders import Opened, open_found
 from evaluation.probes import top1_top5
 from evaluation.test_images import unqueried_positions
 from loss import TRAIN_LOSSES
-from models import LARGE, SimCLREncoder, large_arch_name, read_checkpoint
+from models import LARGE, SimCLREncoder, large_arch_name
 from settings import Command, Settings, setting
 from simclr import SimCLR
 from training import finding
@@ -23,8 +23,10 @@ from training.run import Run
 from utils import Precision, UserError, seeded
 
 # Flags that select a copy, with the setting of its run that each refers to.
-OF_COPY = {"datasetsteal": "datasetsteal", "losstype": "losstype", "num_queries": "num_queries"}
-OF_COPY |= {"epochssteal": "epochs", "arch": "archstolen"}
+OF_COPY = {
+    **{"datasetsteal": "datasetsteal", "losstype": "losstype", "num_queries": "num_queries"},
+    **{"epochssteal": "epochs", "arch": "archstolen"},
+}
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,7 @@ class LargeChoice(Settings):
         title="data",
     )
     augment: bool = setting(
-        False,
-        "train on new random crops in every epoch, instead of centre crops represented once",
-        title="data",
+        False, "train on new random crops in every epoch, instead of centre crops represented once", title="data"
     )
     modeltype: str = setting("victim", "kind of encoder to judge", choices=("victim", "stolen"))
     victim: Path | None = setting(
@@ -73,39 +73,27 @@ class LargeChoice(Settings):
     title = "encoder"
 
 
-def open_large(command: Command) -> tuple[Path, dict, SimCLREncoder]:
+def open_large(command: Command) -> Opened:
     """The encoder to judge, with its file and checkpoint. UserError when none is named, or none fits the flags."""
-    named = {name: of_run for name, of_run in OF_COPY.items() if name in command.given}
-    root = command.checkpoint_dir
-    if command.modeltype == "victim":
-        if command.victim is None:
-            raise UserError("no victim: give --pretrained PATH of its checkpoint (or --modeltype stolen)")
-        path = finding.find(command, "victim", "victim", {})
-        checkpoint = read_checkpoint(path)
-        if command.epochstrain not in (None, checkpoint.get("epoch")):
-            epochs = checkpoint.get("epoch", "unknown")
-            raise UserError(f"{path} was trained for {epochs} epochs, not {command.epochstrain}")
-    else:
-        if command.victim and not command.stolen:
-            root = finding.home_of(finding.locate(command.victim, root), root)
-        wanted = {of_run: command.given[name] for name, of_run in named.items()}
-        preferred = {"seed": command.given["seed"]} if "seed" in command.given else {}
-        path = finding.find(command, "stolen", "stolen-simsiam", wanted, root, preferred=preferred)
-        checkpoint = read_checkpoint(path)
-        finding.check_finished(checkpoint, path)
-        finding.check_named(checkpoint, path, command, named)
-    return (
-        path,
-        checkpoint,
-        victims.encoder_of(checkpoint, path, f"{command.arch}-imagenet" if "arch" in command.given else None),
-    )
+    root, stolen = command.checkpoint_dir, command.modeltype == "stolen"
+    if not stolen and command.victim is None:
+        raise UserError("no victim: give --pretrained PATH of its checkpoint (or --modeltype stolen)")
+    if stolen and command.victim and not command.stolen:
+        root = finding.home_of(finding.locate(command.victim, root), root)
+    flag, kind = ("stolen", "stolen-simsiam") if stolen else ("victim", "victim")
+    named = {name: of_run for name, of_run in OF_COPY.items() if stolen and name in command.given}
+    arch = f"{command.arch}-imagenet" if "arch" in command.given else None
+    path, checkpoint, encoder = open_found(command, flag, kind, named, root, arch)
+    if not stolen and command.epochstrain not in (None, checkpoint.get("epoch")):
+        epochs = checkpoint.get("epoch", "an unknown number of")
+        raise UserError(f"{path} was trained for {epochs} epochs, not {command.epochstrain}: leave out --epochstrain")
+    return path, checkpoint, encoder
 
 
 def open_labelled(name: str, root: Path, split: str) -> Pictures:
     """The pictures of a split. UserError where any has no label."""
     pictures = open_pictures(name, root, split)
-    if (pictures.labels < 0).any():
-        raise UserError(f"the {split} split of {name} has images without labels: choose another data set")
+    check_labelled(pictures.labels, name, split)
     return pictures
 
 
@@ -146,7 +134,7 @@ def layer_scores(
     command: Command, encoder: SimCLREncoder, layer: nn.Linear, pictures: Pictures, record: Record, precision: Precision
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Scores in percent on centre crops of the images that the copy did not query, and the numbers of images."""
-    positions = unqueried_positions(pictures, record)
+    positions = unqueried_positions(pictures, record, command.data)
     images = Streamed(Views(pictures, "center", command.size), positions, command.workers)
     logits = layer(represent_centres(encoder, images, precision).float())
     counts = {"test_images": len(positions), "test_images_queried": len(pictures) - len(positions)}

@@ -7,14 +7,15 @@ from pathlib import Path
 from torch import Tensor
 
 from attacks import victims
-from data_aug.datasets import check_name, load_dataset, take_balanced, unlabelled_split
+from data_aug.datasets import DATASETS, canonical_name, check_name, load_dataset, take_balanced, unlabelled_split
 from defenses.dataset_inference import COMPONENTS, halves, log_likelihoods
 from defenses.watermark import check_width, read_watermark, watermark_scores
 from evaluation.statistics import cohens_d, distance_from, further_draw, sign_test, welch
 from evaluation.test_images import load_test
+from files.reading import checked, number, optional, text
 from loss import TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
-from settings import Command, Settings, setting
+from settings import Settings, setting
 from training import finding
 from training.record import Record
 from training.represent import represent
@@ -24,9 +25,10 @@ from victim import version_of
 Figures = dict[str, float]
 Measured = tuple[Tensor, ...]  # a method's measurements of an encoder, on the CPU
 
-
-def _with_watermark(command: Command) -> str | None:
-    return "with --method watermark" if command.method == "watermark" else None
+_INFERENCE = {
+    "acts": lambda command: "with --method watermark" if command.method == "watermark" else None,
+    "title": "dataset inference",
+}
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,12 @@ class OwnershipTest(Settings):
     dataset: str | None = setting(
         None, "data set that the victim was trained on", read=check_name, otherwise="as its file says"
     )
-    num_test: int | None = setting(
-        None, "use the last N test images", at_least=1, otherwise="all that were not queried"
-    )
+    num_test: int | None = setting(None, "use the last N test images", at_least=1, otherwise="all not queried")
     num_train: int | None = setting(
-        None,
-        "number of the victim's training images to use",
-        at_least=1,
-        otherwise="all",
-        acts=_with_watermark,
-        title="dataset inference",
+        None, "number of the victim's training images to use", at_least=1, otherwise="all", **_INFERENCE
     )
     components: int = setting(
-        COMPONENTS,
-        "components of the Gaussian mixture; the authors took 50 for ImageNet",
-        at_least=1,
-        acts=_with_watermark,
-        title="dataset inference",
+        COMPONENTS, "components of the Gaussian mixture; the authors took 50 for ImageNet", at_least=1, **_INFERENCE
     )
     title = "test"
 
@@ -83,19 +74,18 @@ class Candidate:
 
 def open_candidates(victim: Path, suspects: Sequence[Path], independents: Sequence[Path]) -> list[Candidate]:
     """The victim, the suspects and the independent encoders. UserError for a file that cannot have the role given."""
-    paths = [("victim", victim), *(("suspect", path) for path in suspects)]
-    paths += [("independent", path) for path in independents]
     candidates = []
-    for kind, path in paths:
-        checkpoint = read_checkpoint(path)
-        if kind != "suspect":  # a thief may have stopped early
-            finding.check_finished(checkpoint, path)
-        candidates.append(Candidate(kind, path, checkpoint, victims.encoder_of(checkpoint, path)))
+    for kind, paths in {"victim": [victim], "suspect": suspects, "independent": independents}.items():
+        for path in paths:
+            checkpoint = read_checkpoint(path)
+            if kind != "suspect":  # a thief may have stopped early
+                finding.check_finished(checkpoint, path)
+            candidates.append(Candidate(kind, path, checkpoint, victims.encoder_of(checkpoint, path)))
     stolen_from = version_of(candidates[0].encoder)
     for candidate in candidates:
         versions = version_of(candidate.encoder), candidate.checkpoint.get("stolen_from")
         if candidate.kind == "independent" and stolen_from in versions:
-            raise UserError(f"{candidate.path} is the victim or a copy of it: it is not an independent encoder")
+            raise UserError(f"{candidate.path} is the victim or a copy of it: leave it out of --independent")
     return candidates
 
 
@@ -103,33 +93,47 @@ def open_candidates(victim: Path, suspects: Sequence[Path], independents: Sequen
 
 
 def dataset_of(test: OwnershipTest, victim: Candidate) -> str:
-    """The data set that the victim was trained on. UserError where its file does not say, or contradicts --dataset."""
-    known = victim.settings.get("dataset")
-    if known is None and test.dataset is None:  # a victim of the 2022 code
-        raise UserError(f"{victim.path} does not say which data set it was trained on: give --dataset NAME")
-    if known is not None and test.dataset not in (None, known):
+    """The data set that the victim was trained on. UserError where its file does not say, or contradicts --dataset.
+
+    --dataset also says where images are now that are no longer where the victim's file says.
+    """
+    known = str(victim.settings.get("dataset", ""))
+    path = known.partition(":")[2]
+    if known not in DATASETS and not (path and Path(path).exists()):
+        if test.dataset is None:  # a victim of the 2022 code, or of other people
+            says = (
+                f"was trained on {known}, which is not there"
+                if known
+                else "does not say which data set it was trained on"
+            )
+            raise UserError(f"{victim.path} {says}: give --dataset NAME or --dataset folder:PATH")
+        return test.dataset
+    if test.dataset and canonical_name(known) != canonical_name(test.dataset):
         raise UserError(f"{victim.path} was trained with dataset {known}, not {test.dataset}: give --dataset {known}")
-    return known or test.dataset
+    return known
 
 
 def unseen_images(test: OwnershipTest, dataset: str, root: Path, candidates: Sequence[Candidate]) -> Tensor:
     """Test images uint8 (N, 3, H, W) that no attacker is known to have queried: the same for all encoders."""
-    records = [Record.of(candidate.checkpoint) for candidate in candidates if "query_set" in candidate.checkpoint]
-    # `load_test` returns a suffix of the same split for every encoder, so the shortest suffix is safe for all.
-    images = min((load_test(dataset, root, record, test.num_test)[0] for record in (Record(), *records)), key=len)
+    records = [Record.of(candidate.checkpoint) for candidate in candidates]
+    images, _, left_out = load_test(dataset, root, *records, number=test.num_test)
+    if left_out:
+        print(f"{left_out} test images of {dataset} were queried, and are left out")
     if len(images) < 2:
-        raise UserError(f"{len(images)} test image is too few for a test: give --num-test 2 or more")
+        remedy = "choose another --dataset" if test.num_test is None else "give --num-test 2 or more"
+        raise UserError(f"{len(images)} test image is too few for a test: {remedy}")
     return images
 
 
 def training_images(dataset: str, root: Path, victim: Candidate) -> Tensor:
     """The images uint8 (N, 3, H, W) that the victim was trained on, as run.py selects them."""
-    settings = victim.settings
+    fields = {"losstype": text(), "num_train": optional(number(whole=True, at_least=1)), "seed": number(whole=True)}
+    settings = checked(victim.settings, fields, f"{victim.path}: settings")
     loss = TRAIN_LOSSES.get(settings.get("losstype"))
     split = "train" if loss and loss.needs_labels else unlabelled_split(dataset)
     images, labels = load_dataset(dataset, root, split)
     if settings.get("num_train"):
-        images = images[take_balanced(labels, settings["num_train"], settings["seed"])]
+        images = images[take_balanced(labels, settings["num_train"], settings.get("seed", 0))]
     return images
 
 
@@ -189,7 +193,9 @@ def measure_inference(
     fitted, held_out = halves(len(trained), test.num_train, seed)
     unseen = unseen_images(test, dataset, root, candidates)
     if test.components > len(fitted):
-        raise UserError(f"--components {test.components} is more than the {len(fitted)} images to fit")
+        raise UserError(
+            f"--components {test.components} is more than the {len(fitted)} images to fit: give {len(fitted)} or less"
+        )
     for candidate in candidates:
         if candidate.kind == "independent" and candidate.settings.get("dataset") == dataset:
             print(f"note: {candidate.path} was trained on {dataset} too: dataset inference may call it stolen for that")
@@ -228,15 +234,11 @@ class Method:
 
 METHODS = {
     "watermark": Method(
-        measure_watermark,
-        judge_watermark,
-        "accuracy",
+        *(measure_watermark, judge_watermark, "accuracy"),
         "the victim's MLP is right on {accuracy:.1f} % of the turned images",
     ),
     "dataset-inference": Method(
-        measure_inference,
-        judge_inference,
-        "effect",
+        *(measure_inference, judge_inference, "effect"),
         "log-likelihood of the victim's training images minus that of unseen images {difference:.3g} nats",
     ),
 }
@@ -248,6 +250,9 @@ def measure_all(
     """Measure every candidate by the test's method; returns the numbers of images."""
     measure, counts = METHODS[test.method].prepare(test, root, candidates, precision, seed)
     for candidate in candidates:
-        candidate.measured = measure(candidate)
+        try:
+            candidate.measured = measure(candidate)
+        except UserError as error:
+            raise UserError(f"{candidate.path}: {error}") from None
         candidate.encoder.cpu()
     return counts

@@ -1,5 +1,6 @@
 """Classifiers of frozen representations: linear by two protocols, a small network, and nearest neighbours."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from settings import Command, Settings, setting
 from training.represent import represent
-from utils import Precision, generator, seeded
+from utils import Precision, UserError, generator, seeded
 
 # Strengths of the L2 penalty that `logistic_regression` chooses from, strongest first.
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -112,7 +113,10 @@ def _train_layers(
             total += loss.detach() * len(index)
         with torch.no_grad():
             logits = layers(test_features)
-        scores = {"loss": total.item() / len(features), **top1_top5(logits, test_labels)}
+        mean = total.item() / len(features)
+        if not math.isfinite(mean):
+            raise UserError(f"the classifier's loss is {mean} in epoch {epoch + 1}: lower the learning rate {lr:g}")
+        scores = {"loss": mean, **top1_top5(logits, test_labels)}
         each_epoch(epoch, scores)
     return Classifier(scores, logits.argmax(dim=1))
 
@@ -136,16 +140,16 @@ def logistic_regression(train: Labelled, test: Labelled, seed: int = 0) -> Class
     tenth = max(1, len(order) // 10)
     held_out, rest = order.split([tenth, len(order) - tenth])
     solution = torch.zeros(classes, features.shape[1] + 1, device=features.device)
-    best = (-1.0, STRENGTHS[0], solution)
+    tried = []
     for strength in STRENGTHS:  # each starts where the stronger penalty ended
         solution = _minimise(rotated[rest], labels[rest], spread, solution, strength)
-        accuracy = topk_accuracy(_affine(rotated[held_out], solution), labels[held_out])
-        best = max(best, (accuracy, strength, solution), key=lambda tried: tried[0])
-    solution = _minimise(rotated, labels, spread, best[2], best[1])
+        tried.append((topk_accuracy(_affine(rotated[held_out], solution), labels[held_out]), strength, solution))
+    _, strength, solution = max(tried, key=lambda one: one[0])
+    solution = _minimise(rotated, labels, spread, solution, strength)
     weight = solution[:, :-1] @ basis.T / std
     bias = solution[:, -1] - weight @ mean
     logits = F.linear(test_features, weight, bias)
-    scores = {**top1_top5(logits, test_labels), "strength": best[1]}
+    scores = {**top1_top5(logits, test_labels), "strength": strength}
     return Classifier(scores, logits.argmax(dim=1), weight, bias)
 
 
@@ -160,17 +164,10 @@ def _minimise(features: Tensor, labels: Tensor, spread: Tensor, start: Tensor, s
     about that of a softmax over ten classes). Without scaling L-BFGS takes thousands of steps.
     """
     unit = torch.cat([(0.1 * spread.clamp_min(0) + strength).rsqrt(), spread.new_ones(1)])
-
     scaled = (start / unit).requires_grad_()
     # torch's L-BFGS: scipy's has a second pool of threads, which on few cores competes with torch's.
-    optimizer = torch.optim.LBFGS(
-        [scaled],
-        max_iter=500,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-7,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
+    limits = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-7, "history_size": 10}
+    optimizer = torch.optim.LBFGS([scaled], line_search_fn="strong_wolfe", **limits)
 
     def objective() -> Tensor:
         optimizer.zero_grad()
@@ -214,14 +211,9 @@ def evaluate(
     """
     linear = linear_probe(train, test, lr, seed, **options)
     converged = logistic_regression(train, test, seed)
-    scores = {
-        "top1": linear.scores["top1"],
-        "top5": linear.scores["top5"],
-        "top1_converged": converged.scores["top1"],
-        "strength": converged.scores["strength"],
-        "knn": knn_accuracy(train, test),
-    }
-    return scores, linear
+    scores = {name: linear.scores[name] for name in ("top1", "top5")}
+    scores |= {"top1_converged": converged.scores["top1"], "strength": converged.scores["strength"]}
+    return {**scores, "knn": knn_accuracy(train, test)}, linear
 
 
 def scores_by(

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_aug.datasets import to_float
 from evaluation.probes import EachEpoch, Labelled, classes_of, top1_top5
 from models import SimCLREncoder
+from training.represent import check_finite, represent_batch
 from utils import Precision, seeded
 
 
@@ -38,8 +38,9 @@ def released_probe(
     optimizer = torch.optim.Adam(layer.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     def features(batch: Tensor) -> Tensor:
-        with torch.no_grad(), precision.autocast():
-            return encoder(to_float(batch).contiguous(memory_format=precision.memory_format)).float()
+        h = represent_batch(encoder, batch, precision)
+        check_finite(h.norm(dim=1), precision)
+        return h
 
     def batches(x: Tensor, y: Tensor, size: int) -> zip:
         return zip(x.split(size), y.split(size), strict=True)
@@ -51,9 +52,8 @@ def released_probe(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        tests = batches(*test, test_batch_size)
         with torch.no_grad():
-            parts = [top1_top5(layer(features(batch)), truth) for batch, truth in tests]
+            parts = [top1_top5(layer(features(batch)), truth) for batch, truth in batches(*test, test_batch_size)]
         scores = {name: sum(part[name] for part in parts) / len(parts) for name in ("top1", "top5")}
         each_epoch(epoch, scores)
     return scores

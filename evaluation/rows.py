@@ -4,13 +4,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from defenses import DEFENCES
 from models import SimCLREncoder
 from training.record import Record
+from training.released import released_settings
 
 
 def rounded(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Scores rounded to six decimals, with a prefix before their names."""
     return {prefix + name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
+
+
+def attack_figures(record: Record, known: bool = True) -> dict[str, Any]:
+    """What an attack cost, in queries and distinct images, and the figures of the victim's defences.
+
+    With known=False the cost is None where the record has no ledger, as that of a copy from elsewhere. A figure's name
+    begins with a defence's name, or else with `defence_`: no file can take the place of a score.
+    """
+    figures = record.figures()
+    cost = {name: figures[name] if known or record.ledger else None for name in ("queries", "distinct")}
+    report = record.defence_report.items()
+    return cost | {name if name.split("_")[0] in DEFENCES else f"defence_{name}": value for name, value in report}
 
 
 def encoder_row(
@@ -24,14 +38,15 @@ def encoder_row(
 ) -> dict[str, Any]:
     """The row: the encoder, its scores and, for a copy, the cost of the attack.
 
-    about: how it was judged, placed before the scores; more: counts of images, seed, seconds and provenance.
+    about: how it was judged, placed before the scores, which are rounded; more: counts of images, seed, seconds and
+    provenance.
     """
-    settings = checkpoint.get("settings", {})
+    settings = checkpoint.get("settings") or (released_settings(path, modeltype) if path else {})
     return {
         **{"model": modeltype, "arch": encoder.arch, "losstype": settings.get("losstype")},
         **{"attack": settings.get("attack"), **about},
         **rounded(scores),
-        **Record.of(checkpoint).figures(),
+        **attack_figures(Record.of(checkpoint), known=modeltype not in ("stolen", "suspect")),
         "defence": settings.get("defence"),
         **{"checkpoint": str(path) if path else None, **more},
     }

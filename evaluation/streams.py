@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +70,14 @@ def load_others(streams: Streams, root: Path) -> Tensor | None:
     if len(images) < streams.stream_length:
         raise UserError(
             f"the test split of {streams.dataset_users} has {len(images)} images and a user sends no image twice: "
-            f"lower --stream-length {streams.stream_length}"
+            f"{_shorter(streams.stream_length, len(images), '--dataset-users')}"
         )
     return images
+
+
+def _shorter(length: int, images: int, flag: str) -> str:
+    """What to do about streams that are longer than there are images."""
+    return f"lower --stream-length {length}" if images >= SHORTEST else f"choose another {flag}"
 
 
 def part_images(labels: Tensor, length: int, classes: int, seed: int) -> tuple[Tensor, Tensor, str]:
@@ -83,7 +88,7 @@ def part_images(labels: Tensor, length: int, classes: int, seed: int) -> tuple[T
     """
     present = labels.unique()
     if classes > len(present):
-        raise UserError(f"--user-classes {classes}: the test split has {len(present)} classes")
+        raise UserError(f"--user-classes {classes}: the test split has {len(present)} classes, give that or less")
     draws = generator(seed, "parts")
     members = [(labels == label).nonzero()[:, 0] for label in present]
     members = [positions[torch.randperm(len(positions), generator=draws)] for positions in members]
@@ -92,11 +97,11 @@ def part_images(labels: Tensor, length: int, classes: int, seed: int) -> tuple[T
         attackers = torch.cat([positions[int(share * len(positions)) :] for positions in members])
         if _fewest(users, classes) >= length <= len(attackers):
             return attackers, torch.cat(users), f"users draw from {share:.0%} of each class, attackers from the others"
-    everything = torch.arange(len(labels))
-    if _fewest(members, classes) < length:
+    everything, most = torch.arange(len(labels)), _fewest(members, classes)
+    if most < length:
         raise UserError(
-            f"{classes} classes of the test split may have {_fewest(members, classes)} images and a user sends no "
-            f"image twice: lower --stream-length {length}, or raise --user-classes"
+            f"{classes} classes of the test split may have {most} images and a user sends no image twice: "
+            f"{_shorter(length, most, '--dataset')}, or raise --user-classes"
         )
     return everything, everything, "users and attackers draw from the same images, which are too few to divide"
 
@@ -146,33 +151,21 @@ def attackers_streams(
 
 
 def users_streams(
-    streams: Streams, known: Tensor, labels: Tensor, chosen: Tensor, seed: int
+    streams: Streams, known: Tensor, labels: Tensor, chosen: Tensor, others: Tensor | None, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `attackers_streams`, for users with a task, who choose by labels (N,)."""
+    """As `attackers_streams`, for users with a task, who choose by labels (N,).
+
+    Then those of users who choose at random among all images of another data set, with representations `others`.
+    """
+    length = streams.stream_length
     for number in range(streams.streams):
         draws = generator(seed, "task", number)
-        yield "task", known[draw_task(chosen, labels[chosen], streams.stream_length, streams.user_classes, draws)]
-
-
-def others_streams(streams: Streams, known: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """As `attackers_streams`, for users who choose at random among all images of another data set."""
-    everything = torch.arange(len(known))
-    for number in range(streams.streams):
-        yield "other", known[draw_plain(everything, streams.stream_length, generator(seed, "other", number))]
+        yield "task", known[draw_task(chosen, labels[chosen], length, streams.user_classes, draws)]
+    for number in range(0 if others is None else streams.streams):
+        yield "other", others[draw_plain(torch.arange(len(others)), length, generator(seed, "other", number))]
 
 
 # ---- a detector's scores ---------------------------------------------------------------------------------------------
-
-
-def score_streams(streams: Iterable[tuple[str, Tensor]], detector: Detection) -> Scores:
-    """The scores of all streams, each watched by a fresh copy of the detector."""
-    scores: Scores = {}
-    for kind, representations in streams:
-        fresh = dataclasses.replace(detector, _streams={})
-        fresh.watch(representations)
-        for name, value in fresh.scores().items():
-            scores.setdefault(kind, {}).setdefault(name, []).append(value)
-    return scores
 
 
 def score_all(
@@ -185,17 +178,21 @@ def score_all(
 ) -> tuple[Scores, str]:
     """The scores of all attackers' and users' streams, and in words how they share the images.
 
-    data: the images (N, 3, H, W) of `streams.dataset`, their labels (N,), and the images of `load_others`.
+    Each stream is watched by a fresh copy of the detector. data: the images (N, 3, H, W) of `streams.dataset`, their
+    labels (N,), and the images of `load_others`.
     """
     images, labels, others = data
     attackers, users, parting = part_images(labels, streams.stream_length, streams.user_classes, seed)
     known = represent(encoder, images, precision)
-    parts = [
-        attackers_streams(streams, encoder, precision, images, known, attackers, seed),
-        users_streams(streams, known, labels, users, seed),
-        () if others is None else others_streams(streams, represent(encoder, others, precision), seed),
-    ]
-    return score_streams(itertools.chain(*parts), detector), parting
+    others = None if others is None else represent(encoder, others, precision)
+    scores: Scores = {}
+    sent = attackers_streams(streams, encoder, precision, images, known, attackers, seed)
+    for kind, representations in itertools.chain(sent, users_streams(streams, known, labels, users, others, seed)):
+        fresh = dataclasses.replace(detector, _streams={})
+        fresh.watch(representations)
+        for name, value in fresh.scores().items():
+            scores.setdefault(kind, {}).setdefault(name, []).append(value)
+    return scores, parting
 
 
 def detected(attacks: list[float], users: list[float]) -> float:
@@ -205,19 +202,17 @@ def detected(attacks: list[float], users: list[float]) -> float:
     return sum(value > threshold for value in attacks) / len(attacks)
 
 
-def users_in(scores: Scores) -> list[str]:
+def _users(scores: Scores) -> list[str]:
     return [kind for kind in scores if kind not in ATTACKERS]
 
 
 def stream_figures(scores: Scores) -> dict[str, float]:
     """auc_USERS_ATTACKER_STATISTIC and detected_USERS_ATTACKER_STATISTIC, shares in [0, 1]."""
     figures = {}
-    for users in users_in(scores):
-        for attacker in ATTACKERS:
-            for name in SCORES:
-                both = scores[attacker][name], scores[users][name]
-                figures[f"auc_{users}_{attacker}_{name}"] = round(roc(*both)[1], 6)
-                figures[f"detected_{users}_{attacker}_{name}"] = round(detected(*both), 6)
+    for users, attacker, name in itertools.product(_users(scores), ATTACKERS, SCORES):
+        both = scores[attacker][name], scores[users][name]
+        figures[f"auc_{users}_{attacker}_{name}"] = round(roc(*both)[1], 6)
+        figures[f"detected_{users}_{attacker}_{name}"] = round(detected(*both), 6)
     return figures
 
 
@@ -229,9 +224,8 @@ def stream_table(scores: Scores, figures: Mapping[str, float]) -> str:
         lines.append(f"| {kind} | {len(of_kind['nearest'])} | {' | '.join(means)} |")
     lines += ["", f"AUC, and share detected at {FALSE_ALARMS:.0%} false alarms:", ""]
     lines += [f"| users | statistic | {' | '.join(ATTACKERS)} |", "|---" * (2 + len(ATTACKERS)) + "|"]
-    for users in users_in(scores):
-        for name in SCORES:
-            keys = [f"{users}_{attacker}_{name}" for attacker in ATTACKERS]
-            cells = [f"{figures[f'auc_{key}']:.3f}, {figures[f'detected_{key}']:.0%}" for key in keys]
-            lines.append(f"| {users} | {name} | {' | '.join(cells)} |")
+    for users, name in itertools.product(_users(scores), SCORES):
+        keys = [f"{users}_{attacker}_{name}" for attacker in ATTACKERS]
+        cells = [f"{figures[f'auc_{key}']:.3f}, {figures[f'detected_{key}']:.0%}" for key in keys]
+        lines.append(f"| {users} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

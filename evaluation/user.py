@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attacks.client import Client
-from data_aug.datasets import load_labelled, load_queries
+from data_aug.datasets import canonical_name, check_labelled, load_labelled, load_queries
 from data_aug.images import Stored
 from evaluation.probes import Labelled, logistic_regression, mlp_probe
 from evaluation.test_images import load_test
@@ -33,22 +33,22 @@ class UserHead(Settings):
 def load_user(
     name: str, victim_dataset: str, root: Path, count: int, number: int | None = None
 ) -> tuple[Labelled, Labelled, int]:
-    """The user's `count` labelled training images, the test images, and how many of these are training images too.
+    """The user's `count` labelled training images, the test images, and how many were left out as training images too.
 
     `number`: how many test images. UserError where the data set `name` has fewer images, or images without labels.
     """
-    if name == victim_dataset:  # the victim was trained on the others
+    if canonical_name(name, root) == canonical_name(victim_dataset, root):  # the victim was trained on the others
         images, labels, split = load_queries(name, victim_dataset, root)
+        check_labelled(labels, name, split)
     else:
         images, labels, split = *load_labelled(name, root, "train"), "train"
-    if (labels < 0).any():
-        raise UserError(f"the {split} split of {name} has images without labels: choose another --dataset-test")
     if count > len(images):
         raise UserError(f"the {split} split of {name} has {len(images)} images for a user: lower --num_queries")
     images, labels = images[:count], labels[:count]
-    record = Record(query_set={"dataset": name, "split": split}, query_digests=digest_tensor(images))
-    test_images, test_labels, common = load_test(name, root, record, number)
-    return (images, labels), (test_images, test_labels), common
+    asked = {"dataset": name, "split": split}
+    record = Record(query_set=asked, query_indices=torch.arange(count), query_digests=digest_tensor(images))
+    *test, left_out = load_test(name, root, record, number=number)
+    return (images, labels), tuple(test), left_out
 
 
 def user_scores(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.ownership import METHODS, Candidate, Figures, OwnershipTest
+from evaluation.rows import encoder_row
 from evaluation.statistics import roc
-from training.record import Record
 from training.run import CHECKPOINT, Run
 
 
@@ -17,29 +17,25 @@ def judge_all(test: OwnershipTest, candidates: Sequence[Candidate]) -> None:
         candidate.figures = method.judge(candidate.measured, others)
     decides = passes(candidates[0].figures, test.level)
     for candidate in candidates:
-        decided = decides or candidate.kind == "victim"
-        candidate.found = passes(candidate.figures, test.level) if decided else None
-        candidate.verdict = (
-            f"{_finding(candidate, decides)} at level {test.level:g} ({_facts(candidate, test, decides)})"
-        )
+        figures, is_victim = candidate.figures, candidate.kind == "victim"
+        candidate.found = passes(figures, test.level) if decides or is_victim else None
+        if is_victim:
+            finding = "found, so the method works" if decides else "not found, so the method cannot decide here"
+        else:
+            finding = ("stolen" if candidate.found else "no proof of theft") if decides else "undecided"
+        tests = ", ".join(f"{name[2:]} p = {value:.3g}" for name, value in p_values(figures).items())
+        facts = f"{method.claim.format(**figures)}; effect size {figures['effect']:.2f}; {tests}"
+        facts += caveat(figures) if decides and not is_victim else ""
+        candidate.verdict = f"{finding} at level {test.level:g} ({facts})"
 
 
-def _finding(candidate: Candidate, decides: bool) -> str:
-    if candidate.kind == "victim":
-        return "found, so the method works" if decides else "not found, so the method cannot decide here"
-    return ("stolen" if candidate.found else "no proof of theft") if decides else "undecided"
-
-
-def _facts(candidate: Candidate, test: OwnershipTest, decides: bool) -> str:
-    figures = candidate.figures
-    p_values = ", ".join(f"{name[2:]} p = {value:.3g}" for name, value in figures.items() if name.startswith("p_"))
-    facts = f"{METHODS[test.method].claim.format(**figures)}; effect size {figures['effect']:.2f}; {p_values}"
-    return facts + (caveat(figures) if decides and candidate.kind != "victim" else "")
+def p_values(figures: Figures) -> Figures:
+    return {name: value for name, value in figures.items() if name.startswith("p_")}
 
 
 def passes(figures: Figures, level: float) -> bool:
     """Whether every p-value is below the level."""
-    return all(value < level for name, value in figures.items() if name.startswith("p_"))
+    return all(value < level for value in p_values(figures).values())
 
 
 def caveat(figures: Figures) -> str:
@@ -95,7 +91,7 @@ def detection_rates(test: OwnershipTest, candidates: Sequence[Candidate]) -> tup
 
 def _each_test(group: Sequence[Candidate], level: float) -> str:
     """How many of the encoders each test would find alone, in words."""
-    tests = list(dict.fromkeys(name for case in group for name in case.figures if name.startswith("p_")))
+    tests = list(dict.fromkeys(name for case in group for name in p_values(case.figures)))
     counts = {name: sum(case.figures.get(name, 1) < level for case in group) for name in tests}
     return "each test alone: " + ", ".join(f"{name[2:]} {count}" for name, count in counts.items())
 
@@ -105,14 +101,7 @@ def add_verdict_rows(run: Run, test: OwnershipTest, candidates: Sequence[Candida
     independents = sum(case.kind == "independent" for case in candidates)
     suspects = [case for case in candidates if case.kind == "suspect"]
     for step, case in enumerate(suspects):
-        queries = Record.of(case.checkpoint).figures()
-        row = {
-            **{"model": case.kind, "arch": case.encoder.arch, "losstype": case.settings.get("losstype")},
-            **{"attack": case.settings.get("attack"), "method": test.method, "level": test.level},
-            **case.figures,
-            **{"found": case.found, "verdict": case.verdict, "independents": independents},
-            **{"queries": queries["queries"], "distinct": queries["distinct"]},
-            **{"defence": case.settings.get("defence"), "checkpoint": str(case.path)},
-            **{"victim": str(candidates[0].path), **more},
-        }
-        run.add_row(row, step)
+        about = {"method": test.method, "level": test.level, **case.figures, "found": case.found}
+        about |= {"verdict": case.verdict, "independents": independents}
+        more = {"victim": str(candidates[0].path), **more}
+        run.add_row(encoder_row(case.kind, case.encoder, case.path, case.checkpoint, {}, about, more), step)

@@ -89,12 +89,15 @@ class Experiment:
         ]
         if not self.points or not self.attacks:
             raise UserError(f"{path} has no attacks or no defences: name one of each, such as none: ''")
+        if len(set(self.seeds)) < len(self.seeds) or len(set(self.points)) < len(self.points):
+            raise UserError(f"{path}: a number stands twice in seeds or in values: name each once")
         for attack in self.attacks:
             if set(attack.against) - content["defences"].keys():
                 raise UserError(f"{path}: the attack {attack.name!r} is against {attack.against}: no such defence")
 
-    def flags(self, part: str) -> str:
-        return f"{self.content.get('common', '')} {self.content.get(part, '')}"
+    def words(self, part: str = "") -> list[str]:
+        """The flags of a part, after the common ones."""
+        return shlex.split(f"{self.content.get('common', '')} {self.content.get(part, '')}")
 
     def pairs(self) -> list[tuple[Attacker, Point]]:
         return [(a, p) for p in self.points for a in self.attacks if not a.against or p.defence in a.against]

@@ -4,17 +4,21 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from experiments.experiment import Attacker, Experiment, Point
 from files.reading import list_of, optional, read_lines, record, table, text
-from files.writing import add_line, atomic_path
+from files.writing import add_line, atomic_path, lock
+from jobs.ending import SAVED, Stopped, deferred
 from utils import UserError
 
 HERE = Path(__file__).resolve().parent.parent  # the folder of the scripts
@@ -23,56 +27,79 @@ HERE = Path(__file__).resolve().parent.parent  # the folder of the scripts
 class Runner:
     """Runs scripts, `jobs` at a time, and remembers their results by command line.
 
-    The results of finished scripts are saved in `folder`/done.jsonl, so that a restarted runner does not repeat them.
-    As a context manager it stops the scripts that run, which save, and starts no others, when its block is left.
+    The results of finished scripts are saved in `folder`/done.jsonl, so that a restarted runner does not repeat them;
+    scripts that were stopped go on. As a context manager it stops the scripts that run, which save, and starts no
+    others, when its block is left. UserError where another process works in the folder.
     """
 
     def __init__(self, folder: Path, jobs: int):
-        self.root, self.workers = folder / "checkpoints", max(1, cores() // jobs)
+        self.root, self.threads = folder / "checkpoints", max(1, cores() // jobs)
         self.file = folder / "done.jsonl"
         self.pool = ThreadPoolExecutor(jobs)
         self.lock = threading.Lock()
         self.running: set[subprocess.Popen] = set()
         self.stopped = False
+        self.turns: dict[str, threading.Lock] = {}  # a command that is asked for twice runs once
         lines = read_lines(self.file) if self.file.exists() else []
-        self.done = {line["command"]: line for line in lines if not _FINISHED(line)}
+        self.done = {line["command"]: line for line in lines if not _FINISHED(line) and _still_there(line)}
 
     def __enter__(self) -> "Runner":
+        self.folder_lock = lock(self.file.parent)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.stopped = True
-            for child in self.running:
-                child.terminate()
-        for child in tuple(self.running):
-            child.wait()
-        self.pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with deferred():  # only a second Ctrl-C does not wait
+            try:
+                with self.lock:
+                    self.stopped = True
+                for child in [*self.running]:
+                    child.terminate()
+                for child in [*self.running]:
+                    child.wait()
+            except KeyboardInterrupt:
+                for child in [*self.running]:
+                    child.kill()
+                raise
+            finally:
+                self.pool.shutdown(cancel_futures=True)
+                if self.folder_lock is not None:
+                    os.close(self.folder_lock)
+        if isinstance(error, Stopped):
+            raise Stopped(f"{error}: the same command goes on from there") from None
 
-    def __call__(self, line: str) -> dict:
-        """{"path": the checkpoint that the script names, "rows": the rows that it wrote}. UserError when it fails."""
-        command = shlex.join(shlex.split(line))
-        if command in self.done:
-            return self.done[command]
-        words = [*shlex.split(line), "--checkpoint-dir", str(self.root), "--workers", str(self.workers)]
-        code, out, err = self._run(words, command)
-        if code:
-            last = (err.strip() or out.strip()).splitlines()[-1:]
-            raise UserError(f"`python {command}` failed: {' '.join(last)}")
-        entry = {"command": command, "path": _path_in(out), "rows": self._rows(" ".join(words))}
-        with self.lock:
-            add_line(self.file, entry)
-        return entry
+    def checkpoint(self, *words: str) -> str:
+        """The path of the checkpoint that a script makes. UserError when it fails."""
+        return self._run(words, "path")
 
-    def _run(self, words: Sequence[str], command: str) -> tuple[int, str, str]:
-        """The exit code of a script, and what it printed."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.workers)}
+    def rows(self, *words: str) -> list[dict]:
+        """The rows that a script writes, at least one. UserError when it fails."""
+        return self._run(words, "rows")
+
+    def _run(self, words: Sequence[str], wanted: str) -> Any:
+        """What is wanted of a script, which is run unless it is done."""
+        words = [*words, "--resume"]
+        command = shlex.join(words)
+        with self.turns.setdefault(command, threading.Lock()):
+            if command not in self.done:
+                code, out, err = self._call(words, command)
+                _check_code(command, code, err.strip() or out.strip())
+                self.done[command] = {"command": command, "path": _path_in(out), "rows": self._rows_of(words, out)}
+                with self.lock:
+                    add_line(self.file, self.done[command])
+        if not self.done[command][wanted]:
+            missing = "named no checkpoint" if wanted == "path" else "wrote no row"
+            raise UserError(f"`python {command}` {missing}: delete {self.file.parent} to begin anew")
+        return self.done[command][wanted]
+
+    def _call(self, words: Sequence[str], command: str) -> tuple[int, str, str]:
+        """The exit code of a script, and what it printed. A run that goes on keeps its number of threads."""
+        called = [sys.executable, *words, "--checkpoint-dir", str(self.root)]
+        options = {"cwd": HERE, "env": {**os.environ, "OMP_NUM_THREADS": str(self.threads)}}
         with self.lock:
             if self.stopped:
                 raise CancelledError
             print(f"$ python {command}", flush=True)
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            child = subprocess.Popen([sys.executable, *words], cwd=HERE, env=environment, **pipes)
+            child = subprocess.Popen(called, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
             self.running.add(child)
         out, err = child.communicate()
         with self.lock:
@@ -81,10 +108,15 @@ class Runner:
                 raise CancelledError
         return child.returncode, out, err
 
-    def _rows(self, command: str) -> list[dict]:
-        """The rows that a command wrote."""
+    def _rows_of(self, words: Sequence[str], output: str) -> list[dict]:
+        """The rows that a command wrote, or the run that it says is finished."""
         results = self.root / "results.jsonl"
         rows = read_lines(results) if results.exists() else []
+        finished = re.search(r"^(.+) has its results already$", output, re.MULTILINE)
+        if finished:
+            run = os.path.relpath(HERE / finished[1], self.root)
+            return [row for row in rows if row.get("run") == run]
+        command = " ".join([*words, "--checkpoint-dir", str(self.root)])
         return [row for row in rows if row.get("command") == command]
 
 
@@ -96,6 +128,21 @@ def cores() -> int:
 _FINISHED = record(command=text(), path=optional(text()), rows=list_of(table()))
 
 
+def _check_code(command: str, code: int, printed: str) -> None:
+    """Stopped or UserError for a script that did not end as it should."""
+    if code == SAVED:
+        raise Stopped(f"`python {command}` was stopped")
+    if code < 0:
+        raise UserError(f"`python {command}` was ended by {signal.Signals(-code).name}")
+    if code:
+        said = printed.splitlines()[-1].removeprefix("error: ") if printed else f"exit code {code}"
+        raise UserError(f"`python {command}` failed: {said}")
+
+
+def _still_there(line: Mapping) -> bool:
+    return line["path"] is None or Path(line["path"]).exists()
+
+
 def _path_in(output: str) -> str | None:
     """The checkpoint that a script's output names."""
     named = re.findall(r"^(?:victim|copy): (.+\.pth\.tar)$", output, re.MULTILINE)
@@ -104,41 +151,39 @@ def _path_in(output: str) -> str | None:
 
 def run_all(experiment: Experiment, runner: Runner) -> list[dict]:
     """Run everything that the experiment specifies; returns a row for each attack, defence, strength and seed."""
-    victim = runner(f"run.py {experiment.flags('victim')} --resume")["path"]
-    of_victim = f"--victim {shlex.quote(victim)}"
+    submit = runner.pool.submit
+    victim = submit(runner.checkpoint, "run.py", *experiment.words("victim")).result()
+    of_victim = ("--victim", victim)
 
     def copied(attack: Attacker, point: Point, seed: int) -> dict:
-        line = f"steal.py {experiment.flags('steal')} {of_victim} {attack.flags} {point.flags} --seed {seed} --resume"
-        copy = runner(line)["path"]
-        judge = f"linear_eval.py {experiment.flags('judge')} {attack.judge} --modeltype stolen"
-        judged = runner(f"{judge} --stolen {shlex.quote(copy)}")["rows"][-1]
+        asked = (*shlex.split(f"{attack.flags} {point.flags}"), "--seed", str(seed))
+        copy = runner.checkpoint("steal.py", *experiment.words("steal"), *of_victim, *asked)
+        judge = (*experiment.words("judge"), *shlex.split(attack.judge), "--modeltype", "stolen", "--stolen", copy)
+        judged = runner.rows("linear_eval.py", *judge)[-1]
         return {"attack": attack, "point": point, "seed": seed, "copy": judged, "path": copy}
 
     def user(point: Point) -> dict:
-        return runner(f"legitimate.py {experiment.flags('user')} {of_victim} {point.flags}")["rows"][-1]
+        words = (*experiment.words("user"), *of_victim, *shlex.split(point.flags))
+        return runner.rows("legitimate.py", *words)[-1]
 
-    common = experiment.content.get("common", "")
     others = [
-        runner.pool.submit(runner, f"run.py {common} {flags} --resume")
+        submit(runner.checkpoint, "run.py", *experiment.words(), *shlex.split(flags))
         for flags in experiment.content.get("independent", [])
     ]
-    users = {point: runner.pool.submit(user, point) for point in experiment.points}
-    copies = [
-        runner.pool.submit(copied, attack, point, seed)
-        for attack, point in experiment.pairs()
-        for seed in experiment.seeds
-    ]
+    users = {point: submit(user, point) for point in experiment.points}
+    copies = [submit(copied, attack, point, seed) for attack, point in experiment.pairs() for seed in experiment.seeds]
+    for ended in as_completed([*others, *users.values(), *copies]):
+        ended.result()  # the first failure ends the experiment
     rows = [{**copy.result(), "user": users[copy.result()["point"]].result()} for copy in copies]
-    independent = [shlex.quote(other.result()["path"]) for other in others]
     if "detect" in experiment.content:
-        seen = runner(f"detect.py {experiment.flags('detect')} {of_victim}")["rows"][-1]
+        (seen, *_) = submit(runner.rows, "detect.py", *experiment.words("detect"), *of_victim).result()
         rows = [{**row, "detection": seen} for row in rows]
     if "verify" in experiment.content:
-        suspects = " ".join(shlex.quote(row["path"]) for row in rows)
-        line = f"verify.py {experiment.flags('verify')} {of_victim} --suspect {suspects}"
-        verified = runner(f"{line} --independent {' '.join(independent)}" if independent else line)["rows"]
-        by_path = {row["checkpoint"]: row for row in verified}
-        rows = [{**row, "verified": by_path[row["path"]]} for row in rows]
+        encoders = ["--suspect", *(row["path"] for row in rows)]
+        encoders += ["--independent", *(other.result() for other in others)] if others else []
+        words = (*experiment.words("verify"), *of_victim, *encoders)
+        verified = {row["checkpoint"]: row for row in submit(runner.rows, "verify.py", *words).result()}
+        rows = [{**row, "verified": verified[row["path"]]} for row in rows]
     return rows
 
 
@@ -160,38 +205,54 @@ def _cells(rows: Sequence[Mapping]) -> list[str]:
     """The figures of rows that differ in the seed only."""
     first = rows[0]
     verified = [row["verified"] for row in rows if "verified" in row]
-    detected = first["detection"].get(f"auc_{first['attack'].stream}") if "detection" in first else None
+    detected = _figures([first.get("detection", {})], f"auc_{first['attack'].stream}")
     return [
-        _mean([row["copy"]["top1_converged"] for row in rows]),
-        _mean([row["copy"]["knn"] for row in rows]),
-        f"{first['user']['top1_converged']:.1f}",
-        f"{first['copy']['queries']:,} ({first['copy']['distinct']:,})",
-        "" if detected is None else f"{detected:.2f}",
-        _mean([row["accuracy"] for row in verified]) if verified else "",
+        *(_mean(_figures([row["copy"] for row in rows], name)) for name in ("top1_converged", "knn")),
+        _mean(_figures([first["user"]], "top1_converged")),
+        " ".join(
+            form.format(figure)
+            for name, form in (("queries", "{:,}"), ("distinct", "({:,})"))
+            for figure in _figures([first["copy"]], name)
+        ),
+        f"{detected[0]:.2f}" if detected else "",
+        _mean(_figures(verified, "accuracy")),
         *(_worst(verified, name) for name in ("p_binomial", "p_t", "p_encoders")),
     ]
 
 
+def _figures(rows: Sequence[Mapping], name: str) -> list[float]:
+    """The numbers of that name, of the rows that have any: a probe such as kNN has no converged accuracy."""
+    return [row[name] for row in rows if isinstance(row.get(name), int | float)]
+
+
 def _worst(rows: Sequence[Mapping], name: str) -> str:
     """The largest p-value of that name, if the rows have any."""
-    values = [row[name] for row in rows if name in row]
+    values = _figures(rows, name)
     return f"{max(values):.2g}" if values else ""
 
 
 def _mean(values: Sequence[float]) -> str:
-    """The mean, for three or more seeds with the standard deviation."""
+    """The mean, for three or more seeds with the standard deviation; empty without values."""
+    if not values:
+        return ""
     mean = f"{statistics.fmean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) >= 3 else mean
 
 
 def picture(rows: Sequence[Mapping], path: Path) -> None:
-    """For each attack run against every defence: the user's accuracy by the copy's, a line through the strengths."""
+    """For each attack run against every defence: the user's accuracy by the copy's, a line through the strengths.
+
+    Rows without these accuracies are left out; where none is left there is no picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if len(_figures([row["copy"], row["user"]], "top1_converged")) == 2]
     attacks = list(dict.fromkeys(row["attack"].name for row in rows if not row["attack"].against))
+    if not attacks:
+        return
     defences = list(dict.fromkeys(row["point"].defence for row in rows))
     colours = dict(zip(defences, itertools.cycle(pyplot.colormaps["tab20"].colors), strict=False))
     figure, axes = pyplot.subplots(1, len(attacks), figsize=(6 * len(attacks), 5), layout="constrained", squeeze=False)

@@ -26,17 +26,22 @@ MOST = 10**6  # values in a file of text
 def reading(path: Path | str, what: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a UserError: the path, what it should be, and the first line of the error.
 
-    Libraries' warnings about the file are not shown.
+    Libraries' warnings about the file are not shown. In a UserError from inside, what cannot be printed, such as an end
+    of a line in a file's key, becomes a question mark.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(_printable(str(error))) from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} cannot be read as {what}: {lines[0][:200]}") from None
+        raise UserError(_printable(f"{path} cannot be read as {what}: {lines[0][:200]}")) from None
+
+
+def _printable(words: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

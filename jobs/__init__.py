@@ -1,6 +1,7 @@
 """Several processes as one job, the machine that a script runs on, and how scripts end.
 
-place.py      which process of how many this is; joining the others
+place.py      which process of how many this is
+meeting.py    how the processes of a job meet
 machine.py    device, precision, threads, and where runs go: `set_up` for scripts
 exchange.py   shares of a batch, gathering, and gradients of the whole batch
 batchnorm.py  batch norm over all processes' images, on CPUs

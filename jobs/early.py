@@ -12,7 +12,7 @@ STOP_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # those of utils.STOP_S
 
 
 def _end(number: int, frame: object) -> None:
-    os.write(2, f"stopped by {signal.Signals(number).name} before anything began\n".encode())
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     os._exit(SAVED)
 
 
@@ -22,5 +22,5 @@ if os.path.dirname(os.path.abspath(_started)) == os.path.dirname(os.path.dirname
     for _name in STOP_NAMES:
         if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, _name), _end)
-    # torch's C++ code would print its stack where a process of the job has died.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch's C++ code would print its stack where another process of the job is gone; the error is raised all the same.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

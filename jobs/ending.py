@@ -45,7 +45,8 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
 
     On a signal to stop the script exits with code SAVED: at once, or inside `deferred()` when the work in progress is
     saved; a second Ctrl-C does not wait for that. When the reader of the output has gone (`| head -n 1`), the next
-    print ends the script with code UNREAD. When one process of a job fails, all of them end with its exit code.
+    print ends the script in the same way, but silently and with code UNREAD. When one process of a job fails, all of
+    them end with its exit code.
     """
 
     @functools.wraps(main)
@@ -55,6 +56,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
                 main()
                 sys.stdout.flush()  # here, so that a closed pipe is noticed before the interpreter exits
             except BaseException as error:
+                _Signals.ending = True
                 code, text = _verdict(error)
                 _flush()
                 if _membership:
@@ -73,7 +75,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
 def _verdict(error: BaseException) -> tuple[int, str | None]:
     """The exit code for the exception that ended main(), and the text to print; None for Python's own traceback."""
     if isinstance(error, Stopped):
-        return SAVED, f"{error}\n"
+        return (UNREAD, "") if _Signals.received == "SIGPIPE" else (SAVED, f"{error}\n")
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped at once by a second Ctrl-C\n"
     if isinstance(error, SystemExit):
@@ -119,6 +121,17 @@ def _one_line(text: str) -> str:
 # ---- output that nobody reads ----------------------------------------------------------------------------------------
 
 
+def show(text: str) -> None:
+    """Print a line at once. Inside `deferred()` it counts as a signal, SIGPIPE, that nobody reads the output."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        if not _Signals.deferred:
+            raise
+        _Signals.received = "SIGPIPE"
+        _flush()
+
+
 def _unread(stream: object) -> bool:
     """Whether a stream is a pipe whose reader has gone: other pipes, such as those to workers, break for a reason."""
     if not hasattr(select, "poll"):  # Windows
@@ -152,10 +165,11 @@ def _complain(text: str) -> None:
 
 
 class _Signals:
-    """The signal received, if any, and how many `deferred()` blocks are active."""
+    """The signal received, if any, how many `deferred()` blocks are active, and whether the script is ending."""
 
     received: str | None = None
     deferred = 0
+    ending = False
 
 
 @contextlib.contextmanager
@@ -164,7 +178,7 @@ def _listening() -> Iterator[None]:
     owner = os.getpid()
 
     def receive(number: int, frame: object) -> None:
-        if os.getpid() != owner:
+        if os.getpid() != owner or _Signals.ending:
             return  # a DataLoader's worker: its parent has the signal too, and decides when the worker ends
         if _Signals.received and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -175,7 +189,7 @@ def _listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _Signals.received, _Signals.deferred = None, 0
+    _Signals.received, _Signals.deferred, _Signals.ending = None, 0, False
     threading.excepthook = _of_thread
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, receive) for number in heard}

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from jobs.place import Processes, refuse_several, set_up_job
+from jobs.meeting import set_up_job
+from jobs.place import Processes, refuse_several
 from settings import Command, Settings, read_switch, setting
 from utils import Precision, UserError, choose_device
 

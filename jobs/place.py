@@ -1,24 +1,17 @@
-"""Which process of how many this is, and how the processes of a job find each other.
+"""Which process of how many this is, by a launcher's variables or the flags of 2022.
 
 torchrun --nproc-per-node 4 steal.py ...        srun --ntasks 8 python steal.py ...        python steal.py ...
 """
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
 
 from jobs import ending
 from settings import Settings, setting
 from utils import UserError
-
-PATIENCE = timedelta(minutes=5)  # for the job's processes to find each other
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def find_place(environment: Mapping[str, str], processes: Processes) -> Place | 
     elif _number(environment, "SLURM_STEP_NUM_TASKS", 1, at_least=1) > 1:
         place = _place_of_slurm(environment)
     else:
-        place = _place_of_flags(processes) if processes.world_size > 1 else None
+        place = place_of_flags(processes) if processes.world_size > 1 else None
     return place if place and place.processes > 1 else None
 
 
@@ -125,7 +118,7 @@ def first_host(nodes: str) -> str:
     return name + (number or "") + (rest or "")
 
 
-def _place_of_flags(processes: Processes) -> Place:
+def place_of_flags(processes: Processes) -> Place:
     found = re.fullmatch(r"tcp://([^:/]+):(\d+)", processes.dist_url or "")
     if not found:
         raise ending.Misplaced(
@@ -141,67 +134,9 @@ def _place_of_flags(processes: Processes) -> Place:
     return Place(processes.rank, processes.world_size, 0, 1, found[1], int(found[2]))
 
 
-# ---- joining the others ----------------------------------------------------------------------------------------------
-
-
-def set_up_job(processes: Processes) -> Place | None:
-    """Join this process to its job, if it has one, and return its place; from here on only rank 0 prints.
-
-    --multiprocessing-distributed replaces this process by torchrun. UserError when the other processes are not found.
-    """
-    if processes.multiprocessing_distributed and "RANK" not in os.environ:
-        _become_torchrun(processes)
-    place = find_place(os.environ, processes)
-    if place is None:
-        return None
-    if processes.dist_backend == "nccl" and not torch.cuda.is_available():
-        raise UserError("--dist-backend nccl needs GPUs, there is none: leave it out")
-    if place.rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    try:
-        socket.getaddrinfo(place.address, place.port)
-    except (OSError, UnicodeError) as error:
-        raise ending.Misplaced(f"no host {place.address!r}, where rank 0 should listen: {error}") from None
-    try:
-        stores = [_store(place, host) for host in (place.rank == 0 and not place.hosted, False)]
-    except (RuntimeError, dist.DistNetworkError) as error:
-        raise ending.Misplaced(
-            f"process {place.rank} of {place.processes} finds no job at {place.address}:{place.port}: are all started, "
-            f"and is the port free? {str(error).splitlines()[0][:120]}"
-        ) from None
-    ending.join(stores[1], place.rank, place.processes, not place.hosted)
-    # Tensors on a GPU go through NCCL, those on the CPU, such as answers and digests, through gloo.
-    over_nccl = torch.cuda.is_available() and processes.dist_backend != "gloo"
-    backend = "cpu:gloo,cuda:nccl" if over_nccl else "gloo"
-    dist.init_process_group(backend, store=stores[0], rank=place.rank, world_size=place.processes)
-    if "OMP_NUM_THREADS" not in os.environ:  # else they would all compute on all cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // place.local_processes))
-    return place
-
-
 def refuse_several() -> None:
     """UserError when a script for a single process was started as one of several, which would all do the same."""
     place = find_place(os.environ, Processes())
     if place:
         script = os.path.basename(sys.argv[0]).removesuffix(".py")
         raise UserError(f"{script} is one process, this is one of {place.processes}: start it without torchrun or srun")
-
-
-def _store(place: Place, host: bool) -> dist.Store:
-    store = dist.TCPStore(place.address, place.port, None, host, PATIENCE, wait_for_workers=False)
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-
-
-def _become_torchrun(processes: Processes) -> None:
-    """--multiprocessing-distributed of 2022: a process for each GPU of this machine; --world-size counts machines."""
-    machines, here = max(1, processes.world_size), max(1, torch.cuda.device_count())
-    if machines * here == 1:
-        return
-    if machines == 1:
-        where = ["--standalone"]
-    else:
-        place = _place_of_flags(processes)
-        where = [f"--nnodes={machines}", f"--node-rank={place.rank}"]
-        where += [f"--master-addr={place.address}", f"--master-port={place.port}"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={here}", *where, *sys.argv]
-    os.execv(sys.executable, command)

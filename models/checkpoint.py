@@ -1,101 +1,22 @@
-"""Reading checkpoints: this project's, those of the 2022 code, and other people's (layouts.py, folders.py)."""
+"""Encoders from checkpoints: this project's, those of the 2022 code, and other people's (layouts.py, folders.py)."""
 
 import functools
-import json
-import pickle
-import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models.folders import MARKS, encoder_from_folder
-from models.layouts import LAYOUTS, OWN, Layout, State, Tensors, compare_keys, describe, load_checked, with_counters
+from files.reading import checked, reading
+from models.files import FIELDS, read_checkpoint
+from models.folders import encoder_from_folder
+from models.layouts import LAYOUTS, OWN, Layout, describe
 from models.simclr import ARCHITECTURES, SimCLREncoder, build_encoder
+from models.tensors import State, Tensors, compare_keys, load_checked, with_counters
 from utils import UserError, seeded
 
 __all__ = ["compare_keys", "encoder_from_checkpoint", "load_checked", "load_encoder", "read_checkpoint"]
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder; the first that exists is read
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """The dictionary stored at `path`, tensors on the CPU, read without running any code in the file.
-
-    For a folder of timm or Hugging Face: its library, configurations and weights. UserError when the file is missing,
-    truncated or not a checkpoint, or needs more than tensors and plain types.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: train it first, or give the path of an existing checkpoint")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
-    return content
-
-
-def _read_pickle(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it needs {needed[1]}" if needed else _brief(error)
-        raise UserError(
-            f"{path} is not a file of weights only ({reason}), and code in files is never run: on a machine where you "
-            "trust it, save its tensors alone: torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read, is it truncated? {_brief(error)}") from None
-
-
-def _read_safetensors(path: Path) -> dict:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"reading {path} needs the package safetensors: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read, is it truncated? {_brief(error)}") from None
-
-
-def _read_folder(folder: Path) -> dict:
-    """The contents of a folder of timm or Hugging Face: library, config, preprocessor and state_dict."""
-    files = [folder / name for name in WEIGHTS if (folder / name).exists()]
-    if not files or not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} is not a folder of timm or Hugging Face: it needs config.json and {' or '.join(WEIGHTS)}"
-        )
-    config, preprocessor = (_read_json(folder / f"{name}config.json") for name in ("", "preprocessor_"))
-    library = next((library for library, key in MARKS.items() if key in config), None)
-    if library is None:
-        raise UserError(f"{folder}/config.json names no network: it has none of {', '.join(MARKS.values())}")
-    state = read_checkpoint(files[0])
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{files[0]} holds more than tensors: save the network's state_dict alone")
-    return {"library": library, "config": config, "preprocessor": preprocessor, "state_dict": state}
-
-
-def _read_json(path: Path) -> dict:
-    """The JSON object in a file; empty when there is no file."""
-    try:
-        content = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not an object of settings")
-    return content
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__
-
 
 # ---- which layout, which architecture ----
 
@@ -159,6 +80,12 @@ def encoder_from_checkpoint(checkpoint: Mapping, source: str = "checkpoint", arc
     Entries `normalize` and `input_size` of the file take precedence over the layout's assumptions. UserError says which
     architecture was found, or which keys are missing, unexpected or misshapen.
     """
+    with reading(source, "a checkpoint"):
+        checked(checkpoint, FIELDS, source)
+        return _encoder_from(checkpoint, source, arch)
+
+
+def _encoder_from(checkpoint: Mapping, source: str, arch: str | None) -> SimCLREncoder:
     if "library" in checkpoint:
         encoder = encoder_from_folder(checkpoint, source)
         _insist(arch, encoder.arch, source)
@@ -187,7 +114,9 @@ def encoder_from_checkpoint(checkpoint: Mapping, source: str = "checkpoint", arc
 
 def _insist(arch: str | None, found: str, source: str) -> None:
     if arch not in (None, found):
-        raise UserError(f"{source} holds a {found}, not a {arch}: give --arch {found} or another checkpoint")
+        raise UserError(
+            f"{source} holds a {found}, not a {arch}: leave out the architecture, or give another checkpoint"
+        )
 
 
 def load_encoder(path: str | Path, device: str | torch.device = "cpu", arch: str | None = None) -> SimCLREncoder:

@@ -14,12 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from models.layouts import Inputs, State, describe, in_words, load_checked, unwrap, with_counters
+from files.reading import checked, normalisation, number, optional
+from models.files import LARGEST_SIDE, MARKS
+from models.layouts import Inputs, describe
 from models.simclr import SimCLREncoder
+from models.tensors import State, check_numbers, in_words, load_checked, unwrap, with_counters
 from utils import UserError, seeded
 
-# The key of config.json by which a library is recognised; its value names the network.
-MARKS = {"timm": "architecture", "huggingface": "model_type"}
 # Prefixes of the task heads that a Hugging Face encoder may have.
 TASK_PARTS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
 
@@ -48,8 +49,11 @@ def encoder_from_folder(checkpoint: Mapping, source: str) -> SimCLREncoder:
     library = checkpoint["library"]
     build, read = LIBRARIES[library]
     package, state = _import(library, source), with_counters(unwrap(checkpoint["state_dict"]))
+    if any(value.is_complex() for value in state.values()):
+        raise UserError(f"{source} has weights of complex numbers: give another checkpoint")
     with seeded(0):  # so that reading a file does not advance the global generator
         model, ignored, (input_size, normalize) = build(package, checkpoint, state, source)
+        check_numbers(model.state_dict(), model.state_dict(), source)
     arch = f"{library}/{checkpoint['config'][MARKS[library]]}"
     backbone = Wrapped(model, read, _width(model.eval(), read, input_size, source))
     encoder = SimCLREncoder(backbone, arch, None, normalize, input_size).eval()
@@ -63,6 +67,33 @@ def _import(library: str, source: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError:
         raise UserError(f"reading {source} needs the package {package}: pip install {package}") from None
+
+
+@contextlib.contextmanager
+def _rehearsal(state: State, source: str) -> Iterator[None]:
+    """Inside it networks are built without memory. UserError as soon as one is larger than the weights in the file."""
+    left = {"tensors": 2 * len(state) + 64, "numbers": 2 * sum(value.numel() for value in state.values()) + 2**20}
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            left["tensors"] -= 1
+            left["numbers"] -= parameter.numel()
+        if min(left.values()) < 0:
+            raise UserError(f"{source}: its config.json describes a larger network than the weights beside it")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        hook.remove()
+
+
+def _checked_inputs(size: object, normalize: tuple | None, source: str) -> Inputs:
+    side = optional(number(whole=True, at_least=1, at_most=LARGEST_SIDE))
+    fields = {"the size of images": side, "mean and std": optional(normalisation)}
+    checked({"the size of images": size, "mean and std": normalize}, fields, source)
+    return size, normalize
 
 
 def _width(model: nn.Module, read: Callable[[object], Tensor], input_size: int | None, source: str) -> int:
@@ -94,14 +125,18 @@ def _parts(keys: Iterable[str], parts: Sequence[str]) -> Counter:
 
 def _build_timm(timm: ModuleType, checkpoint: Mapping, state: State, source: str) -> tuple[nn.Module, Counter, Inputs]:
     config = checkpoint["config"]
-    arch = str(config["architecture"])
+    arch = config["architecture"]
     if not timm.is_model(arch):  # this also rejects names that timm would look up on the internet
         raise UserError(f"{source}: timm {timm.__version__} has no architecture {arch!r}: install a version with it")
     # Only the network's arguments: those of create_model would read or fetch other weights.
     refused = {*inspect.signature(timm.create_model).parameters, "num_classes", "pretrained_model_args"}
     arguments = {name: value for name, value in config.get("model_args", {}).items() if name not in refused}
     try:
+        with _rehearsal(state, source):
+            timm.create_model(arch, pretrained=False, num_classes=0, **arguments)
         model = timm.create_model(arch, pretrained=False, num_classes=0, **arguments)
+    except UserError:
+        raise
     except Exception as error:  # of any type, for arguments that the network does not take
         raise UserError(f"{source}: timm cannot build {arch} by its config.json: {_brief(error)}") from None
     written = {**model.pretrained_cfg, **config.get("pretrained_cfg", {})}
@@ -110,7 +145,8 @@ def _build_timm(timm: ModuleType, checkpoint: Mapping, state: State, source: str
     kept = {key: value for key, value in state.items() if not key.startswith(tuple(classifier))}
     load_checked(model, kept, source)
     size = _side(arguments.get("img_size", written["input_size"]))
-    return model, _parts(state, classifier), (size, (tuple(written["mean"]), tuple(written["std"])))
+    inputs = _checked_inputs(size, (written["mean"], written["std"]), source)
+    return model, _parts(state, classifier), inputs
 
 
 def _side(size: object) -> int | None:
@@ -135,10 +171,11 @@ def _build_huggingface(
         model, found = _load_huggingface(transformers, config, state, source, add_pooling_layer=False)
     strange = [key for key in found["unexpected_keys"] if not key.startswith(TASK_PARTS)]
     misshapen = [f"{key} {tuple(shape)} for {tuple(wanted)}" for key, shape, wanted in found["mismatched_keys"]]
-    problems = in_words(sorted(found["missing_keys"]), sorted(strange), sorted(misshapen))
+    problems = in_words(missing=sorted(found["missing_keys"]), unexpected=sorted(strange), misshapen=sorted(misshapen))
     if problems:
         raise UserError(f"{source} does not fit {config['model_type']}: {'; '.join(problems)}")
-    return model, _parts(found["unexpected_keys"], TASK_PARTS), _huggingface_inputs(config, checkpoint["preprocessor"])
+    inputs = _checked_inputs(*_huggingface_inputs(config, checkpoint["preprocessor"]), source)
+    return model, _parts(found["unexpected_keys"], TASK_PARTS), inputs
 
 
 def _load_huggingface(
@@ -152,8 +189,12 @@ def _load_huggingface(
     try:
         read = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
         network = transformers.MODEL_MAPPING[type(read)]
+        with _rehearsal(state, source), _quiet(transformers):
+            network(read)
         with _quiet(transformers):
             return network.from_pretrained(None, config=read, state_dict=dict(state), **options)
+    except UserError:
+        raise
     except Exception as error:  # of any type, for settings that the network does not take
         arch = config["model_type"]
         raise UserError(f"{source}: transformers cannot build {arch} by its config.json: {_brief(error)}") from None
@@ -181,7 +222,7 @@ def _huggingface_inputs(config: Mapping, preprocessor: Mapping) -> Inputs:
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
     if not (mean and std and preprocessor.get("do_normalize", True)):
         return size, None
-    return size, (tuple(mean), tuple(std))
+    return size, (mean, std)
 
 
 def _pooled(output: Mapping[str, Tensor]) -> Tensor:

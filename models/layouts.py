@@ -5,56 +5,19 @@ A new layout is a row of LAYOUTS; docs/checkpoints.md lists them for readers.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 from models.resnet import STEMS
 from models.simclr import Normalize, SimCLREncoder
-from utils import UserError
+from models.tensors import State, Tensors
 
-State = dict[str, Tensor]
 Inputs = tuple[int | None, Normalize | None]  # the size of images and their normalisation; None: as they are sent
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_SWAV = ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-
-# Entries that may hold the tensors; the first that exists counts, so of DINO's two networks the teacher is read.
-ENTRIES = ("state_dict", "teacher", "model", "student")
-# Entries that may say how images are prepared.
-ASSUMED = ("normalize", "input_size")
-# Prefixes that wrappers put before every key.
-WRAPPERS = ("module.", "_orig_mod.")
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """A file's tensors by their keys without wrappers' prefixes, and the entry they are in ("" for the top level)."""
-
-    state: State
-    entry: str = "state_dict"
-    wrapped: bool = False
-
-    @classmethod
-    def of(cls, checkpoint: Mapping, source: str) -> "Tensors":
-        """The tensors of a checkpoint dictionary. UserError when there are none."""
-        bare = {key: value for key, value in checkpoint.items() if key not in ASSUMED}
-        for entry, content in [*((name, checkpoint.get(name)) for name in ENTRIES), ("", bare)]:
-            if isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values()):
-                state = unwrap(content)
-                return cls(state, entry, len(content) > 0 and state.keys() != content.keys())
-        entries = ", ".join(map(str, list(checkpoint)[:8]))
-        raise UserError(f"{source} has no state_dict of tensors, nor {', '.join(ENTRIES[1:])}: it holds {entries}")
-
-
-def unwrap(state: Mapping[str, Tensor]) -> State:
-    """The same tensors, without the prefixes that data parallelism and compilation put before every key."""
-    state = dict(state)
-    while state and (prefix := next((text for text in WRAPPERS if all(key.startswith(text) for key in state)), None)):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+CIFAR10_BY_IMAGE = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # the mean of single images' deviations
 
 
 @dataclass(frozen=True)
@@ -99,18 +62,32 @@ class Layout:
         return f"backbone.{self.parts.get(first, first)}{dot}{rest}"
 
 
+def _has(*prefixes: str) -> Callable[[Tensors], bool]:
+    return lambda tensors: any(key.startswith(prefixes) for key in tensors.state)
+
+
+def _symmetrized(tensors: Tensors) -> bool:
+    """Whether the predictor is square, as in the copies of 2022; SimSiam's has a bottleneck, and needs several GPUs."""
+    first = tensors.state.get("predictor.0.weight")
+    return first is not None and not tensors.wrapped and first.ndim == 2 and first.shape[0] == first.shape[1]
+
+
 def _of_2022(tensors: Tensors) -> bool:
     """Whether the head is the untrained head of a copy of 2022, which came from several GPUs or has 512 outputs."""
     last = tensors.state.get("backbone.fc.2.weight")
-    return last is not None and (tensors.wrapped or len(last) == 512)
+    return last is not None and (tensors.wrapped or last.shape[:1] == (512,))
 
 
 _AT_224 = {"imagenet": (224, IMAGENET)}
 _SOLO_LEARN = {"padding2": (32, CIFAR10), **_AT_224}
+_HEADS = ("projection", "projector.", "predictor.")
 _SOLO_PARTS = ("projector.", "momentum_projector.", "predictor.", "momentum_predictor.", "classifier.")
 _SOLO_PARTS += ("momentum_classifier.", "prototypes.", "queue")
 _LIGHTLY_PARTS = ("projection_head.", "prediction_head.", "backbone_momentum.", "projection_head_momentum.")
+# Momentum networks; in older versions the trained network also stands under a second name.
+_MM_NETWORKS = ("target_net.", "online_net.", "encoder_q.", "encoder_k.", "momentum_encoder.")
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
+_TORCHVISION = r"layer\d\..*\.downsample\."
 
 # Its keys are exactly those of an architecture here.
 OWN = Layout(
@@ -131,6 +108,30 @@ LAYOUTS = (
         inputs=_SOLO_LEARN,
         ignored=("momentum_encoder.", *_SOLO_PARTS),
         only=lambda tensors: "classifier.weight" in tensors.state,
+    ),
+    Layout(
+        "2022 code, symmetrized",
+        prefix="encoder.",
+        mark=r"encoder\.layer",
+        inputs={"imagenet": (None, None)},
+        ignored=("encoder.fc.", "predictor."),
+        only=_symmetrized,
+    ),
+    Layout(
+        "SupContrast",
+        prefix="encoder.",
+        mark=r"encoder\.layer",
+        inputs={"cifar": (32, CIFAR10_BY_IMAGE), **_AT_224},
+        ignored=("head.", "fc."),
+        only=_has("head.", "fc."),
+    ),
+    Layout(
+        "Spijkervet/SimCLR",
+        prefix="encoder.",
+        mark=r"encoder\.layer",
+        inputs={"imagenet": (224, None)},
+        ignored=("encoder.fc.", "projector."),
+        only=_has("projector."),
     ),
     Layout("SimSiam", "encoder.", r"encoder\.layer", _AT_224, ignored=("encoder.fc.", "predictor.")),
     Layout("MoCo v1/v2", "encoder_q.", r"encoder_q\.layer", _AT_224, ignored=("encoder_q.fc.", "encoder_k.", "queue")),
@@ -183,63 +184,64 @@ LAYOUTS = (
         only=lambda tensors: tensors.entry in ("model", "teacher", "student"),
     ),
     Layout(
+        "mmselfsup",
+        prefix="backbone.",
+        mark=r"backbone\.layer.*\.downsample\.",
+        inputs=_AT_224,
+        ignored=("neck.", "head.", "data_preprocessor.", *_MM_NETWORKS, "queue"),
+        only=_has("neck.", "head."),
+    ),
+    Layout(
         "solo-learn",
         prefix="backbone.",
         mark=r"backbone\.layer.*\.downsample\.",
         inputs=_SOLO_LEARN,
         ignored=("momentum_backbone.", *_SOLO_PARTS),
     ),
+    Layout("vissl", "_feature_blocks.", r"_feature_blocks\.layer", _AT_224),
+    *(
+        Layout(
+            f"a ResNet called {name}",
+            prefix=f"{name}.",
+            mark=rf"{name}\.layer",
+            inputs={"cifar": (None, None), **_AT_224},
+            ignored=(f"{name}.fc.", f"{name}.linear.", "fc.", "classifier.", "head.", *_HEADS),
+        )
+        for name in ("net", "model")
+    ),
+    Layout(
+        "SwAV",
+        prefix="",
+        mark=_TORCHVISION,
+        inputs={"imagenet": (224, IMAGENET_SWAV)},
+        ignored=("projection_head.", "prototypes"),
+        only=_has("projection_head.", "prototypes"),
+    ),
+    Layout(
+        "pytorch-cifar",
+        prefix="",
+        mark=r"layer\d\..*\.shortcut\.",
+        inputs={"cifar": (32, CIFAR10_BY_IMAGE)},
+        ignored=("linear.",),
+        only=_has("linear."),
+    ),
+    Layout(
+        "2022 code, network of a probe",
+        prefix="",
+        mark=r"layer\d\..*\.shortcut\.",
+        inputs={"cifar": (None, None)},
+        ignored=("fc.",),
+    ),
     Layout(
         "torchvision",
         prefix="",
-        mark=r"layer\d\..*\.downsample\.",
+        mark=_TORCHVISION,
         inputs=_AT_224,
         ignored=("fc.",),
         only=lambda tensors: "fc.weight" in tensors.state,
     ),
-    Layout("Barlow Twins, VICReg or DINO, backbone alone", "", r"layer\d\..*\.downsample\.", _AT_224),
+    Layout("Barlow Twins, VICReg or DINO, backbone alone", "", _TORCHVISION, _AT_224),
 )
-
-
-# ---- comparing and reporting ----
-
-
-def compare_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Why `state` does not load in place of `expected`: a phrase each for missing, unexpected and misshapen keys."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    return in_words(missing, unexpected, misshapen)
-
-
-def in_words(*groups: Sequence[str]) -> list[str]:
-    """A phrase for each group (missing, unexpected, misshapen keys) that is not empty."""
-    phrases = []
-    for kind, keys in zip(("missing", "unexpected", "misshapen"), groups, strict=True):
-        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-        if keys:
-            phrases.append(f"{len(keys)} {kind}: {', '.join(keys[:6])}{more}")
-    return phrases
-
-
-def load_checked(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` strictly; UserError naming the keys that are missing, unexpected or misshapen, loading nothing."""
-    problems = compare_keys(state, module.state_dict())
-    if problems:
-        raise UserError(f"{source} does not fit {getattr(module, 'arch', 'the model')}: {'; '.join(problems)}")
-    module.load_state_dict(state)
-
-
-def with_counters(state: State) -> State:
-    """Adds BatchNorm's batch counters, which files from before 2018 lack and nothing here reads."""
-    if any(key.endswith(".num_batches_tracked") for key in state):
-        return state
-    norms = [key.removesuffix("running_mean") for key in state if key.endswith(".running_mean")]
-    return {**state, **{f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}}
 
 
 def describe(kind: str, encoder: SimCLREncoder, used: int, ignored: Mapping[str, int]) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import loss
 from jobs.ending import script
 from jobs.exchange import any_of, gather, parallel, processes, share, whole_batch
-from jobs.place import Processes, set_up_job
+from jobs.meeting import set_up_job
+from jobs.place import Processes
 from utils import UserError, seeded
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from argparse import Namespace
 
 import pytest
 import torch
@@ -209,6 +210,63 @@ def torchvision_old(network):
     """A file from before BatchNorm counted batches."""
     state = with_fc(network, nn.Linear(512, 1000)).state_dict()
     return {key: value for key, value in state.items() if "num_batches" not in key}
+
+
+def supcontrast(network):
+    whole = parts(encoder=network, head=mlp(512, 512, 128)).state_dict()
+    inner = {key.replace("encoder.", "encoder.module."): value for key, value in whole.items()}
+    return {"opt": Namespace(lr=0.5), "model": inner, "optimizer": {}, "epoch": 3}
+
+
+def spijkervet(network):
+    return parts(encoder=network, projector=mlp(512, 512, 64)).state_dict()
+
+
+def swav(network):
+    whole = {
+        **network.state_dict(),
+        **parts(projection_head=mlp(512, 64, 16), prototypes=nn.Linear(16, 9)).state_dict(),
+    }
+    return wrapped(whole)
+
+
+def mmselfsup(network):
+    neck = nn.ModuleDict({"fc0": nn.Linear(512, 64), "bn0": nn.BatchNorm1d(64)})
+    return {"meta": {"epoch": 3}, "state_dict": parts(backbone=network, neck=neck).state_dict()}
+
+
+def vissl(network):
+    model = {"trunk": wrapped(network.state_dict(), "_feature_blocks."), "heads": mlp(512, 64, 16).state_dict()}
+    return {"phase_idx": 9, "classy_state_dict": {"base_model": {"model": model}}}
+
+
+def averaged(network):
+    """By torch's AveragedModel, as for SWA."""
+    state = torch.optim.swa_utils.AveragedModel(with_fc(network, nn.Linear(512, 9))).state_dict()
+    assert "n_averaged" in state
+    return state
+
+
+def pytorch_cifar(network):
+    state = {key.removeprefix("backbone."): value for key, value in network.state_dict().items()}
+    whole = {**state, "linear.weight": torch.rand(10, 512), "linear.bias": torch.rand(10)}
+    return {"net": wrapped(whole), "acc": 91.2, "epoch": 3}
+
+
+def probe_of_2022(network):
+    state = {key.removeprefix("backbone."): value for key, value in network.state_dict().items()}
+    return {**state, "fc.weight": torch.rand(10, 512), "fc.bias": torch.rand(10)}
+
+
+def called_net(network):
+    return {"model_state_dict": parts(net=with_fc(network, nn.Linear(512, 9)), projection=mlp(512, 8, 8)).state_dict()}
+
+
+def symmetrized(network):
+    """A copy by the 2022 code's own SimSiam, whose predictor has no bottleneck."""
+    projector = nn.Sequential(nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512))
+    whole = parts(encoder=with_fc(network, projector), predictor=mlp(512, 512, 512))
+    return {"epoch": 100, "arch": "resnet34", "state_dict": whole.state_dict(), "optimizer": {}}
 
 
 def own(network):

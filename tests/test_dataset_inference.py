@@ -21,10 +21,17 @@ def test_halves_are_disjoint_and_random():
     assert len({*first.tolist(), *second.tolist()}) == 20
 
 
-@pytest.mark.parametrize(("number", "message"), [(102, "was trained on 101 images"), (3, "too few")])
-def test_halves_of_too_many_or_too_few_are_refused(number, message):
+@pytest.mark.parametrize(
+    ("count", "number", "message"),
+    [
+        (101, 102, "was trained on 101 images, give 101 or less"),
+        (101, 3, "too few for dataset inference: give --num-train 4 or more"),
+        (3, None, "3 training images are too few for dataset inference: try --method watermark"),
+    ],
+)
+def test_halves_of_too_many_or_too_few_are_refused(count, number, message):
     with pytest.raises(UserError, match=message):
-        halves(101, number)
+        halves(count, number)
 
 
 def test_one_component_is_a_normal_density_of_directions():

@@ -13,9 +13,11 @@ from data_aug import datasets
 from data_aug.datasets import (
     DATASET_NAMES,
     Data,
+    canonical_name,
     channel_statistics,
     check_name,
     export,
+    held_out,
     load_dataset,
     load_labelled,
     load_queries,
@@ -23,7 +25,7 @@ from data_aug.datasets import (
     to_float,
     unlabelled_split,
 )
-from data_aug.folders import image_files
+from data_aug.folders import class_files
 from tests.conftest import ROOT
 from utils import UserError
 
@@ -94,11 +96,11 @@ def test_npz_of_another_size_is_resized_with_antialiasing(tmp_path):
     ("arrays", "text"),
     [
         ({"y_train": np.zeros(2, int)}, "no array x_train"),
-        ({"x_train": np.zeros((2, 32, 32), np.uint8), "y_train": np.zeros(2, int)}, r"uint8 \(2, 32, 32\)"),
+        ({"x_train": np.zeros((2, 32, 3), np.uint8), "y_train": np.zeros(2, int)}, r"uint8 \(2, 32, 3\)"),
         ({"x_train": np.zeros((2, 32, 32, 3), np.float32), "y_train": np.zeros(2, int)}, "float32"),
         ({"x_train": np.zeros((2, 32, 32, 3), np.uint8), "y_train": np.zeros(3, int)}, "one integer for each of 2"),
         ({"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": np.zeros(0, int)}, "no images"),
-        ({"x_train": np.array([{}]), "y_train": np.zeros(1, int)}, "broken or not an npz of plain arrays"),
+        ({"x_train": np.array([{}]), "y_train": np.zeros(1, int)}, "x_train.npy is object"),
     ],
 )
 def test_broken_npz_is_refused(arrays, text, tmp_path):
@@ -112,7 +114,7 @@ def test_truncated_npz_is_refused(write_npz, tmp_path):
     whole = path.read_bytes()
     for length in (0, 100, len(whole) // 2):
         path.write_bytes(whole[:length])
-        assert "broken" in error("cifar10", tmp_path)
+        assert "cannot be read as an npz file of plain arrays" in error("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10", "mnist", "fashionmnist"])
@@ -139,17 +141,14 @@ def test_torchvision_layout_is_read(tmp_path):
     assert images[:, :, :2].eq(0).all()
 
 
-@pytest.mark.parametrize("layout", ["last", "first"])
-def test_arrays_of_either_layout_become_channels_first(layout):
-    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
-
-    class Published:
-        data = pixels.numpy() if layout == "last" else pixels.permute(0, 3, 1, 2).numpy()
-        targets = (1, 2, 3)
-
-    images, labels = datasets._to_tensors(Published(), datasets.SIZE)
-    assert torch.equal(images, pixels.permute(0, 3, 1, 2))
-    assert labels.tolist() == [1, 2, 3]
+@pytest.mark.parametrize("content", [b"nothing", b"\0\0\x08\x03" + b"\xff" * 12, b"<html>404</html>"])
+def test_broken_files_of_torchvision_are_one_line(content, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem in ("train", "t10k"):
+        (raw / f"{stem}-images-idx3-ubyte").write_bytes(content)
+        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(content)
+    assert f"{tmp_path}" in error("mnist", tmp_path)
 
 
 def test_folder_with_splits(image_folder, tmp_path):
@@ -199,22 +198,24 @@ def test_bad_folders(image_folder, tmp_path):
     (image_folder("set/train") / "ant" / "000.png").write_bytes(b"no image")
     assert "000.png is not an image" in error(f"folder:{tmp_path / 'set'}")
     image_folder("half/train")
-    assert "none of test, val" in error(f"folder:{tmp_path / 'half'}", split="test")
+    assert "none of test, " in error(f"folder:{tmp_path / 'half'}", split="test")
 
 
-def test_a_folder_numbers_classes_alike_in_all_splits(image_folder, tmp_path):
+def test_a_folder_numbers_classes_as_in_train(image_folder, tmp_path):
     image_folder("set/train", classes=("ant", "bee", "cow"), number=2)
-    image_folder("set/test", classes=("bee", "dog"), number=1)
+    image_folder("set/test", classes=("bee", "cow"), number=1)
     _, train = load_dataset(f"folder:{tmp_path / 'set'}", split="train")
     _, test = load_dataset(f"folder:{tmp_path / 'set'}", split="test")
-    assert (train.tolist(), test.tolist()) == ([0, 0, 1, 1, 2, 2], [1, 3])
+    assert (train.tolist(), test.tolist()) == ([0, 0, 1, 1, 2, 2], [1, 2])
 
 
-def test_a_folder_is_read_to_any_depth_in_the_order_of_its_paths(tmp_path):
+def test_a_folder_is_read_to_any_depth_in_the_order_of_its_paths(tmp_path, capsys):
     for i, name in enumerate(("ant/b/2.png", "ant/b.png", "ant/a.txt", "ant/c.PNG", "ant/d.png/1.png")):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "set" / name, "png")
-    assert image_files(tmp_path / "set")[0] == ["ant/b/2.png", "ant/b.png", "ant/c.PNG", "ant/d.png/1.png"]
+    names = class_files([tmp_path / "set"], tmp_path / "set")[1]
+    assert names == ["ant/b/2.png", "ant/b.png", "ant/c.PNG", "ant/d.png/1.png"]
+    assert "set: 1 files that are no pictures" in capsys.readouterr().out
     assert load_dataset(f"folder:{tmp_path / 'set'}")[0][:, 0, 0, 0].tolist() == [0, 1, 3, 4]
 
 
@@ -283,7 +284,7 @@ def test_export_and_back(write_npz, tmp_path):
     assert torch.equal(before[1], after[1])
 
 
-def test_queries_of_the_victims_own_set_leave_the_last_thousand(write_npz, tmp_path):
+def test_queries_of_the_victims_data_set_leave_the_last_thousand(write_npz, tmp_path):
     write_npz("cifar10", train=40, test=1010)
     test, test_labels = load_dataset("cifar10", tmp_path, "test")
     images, labels, split = load_queries("cifar10", "cifar10", tmp_path)
@@ -295,10 +296,54 @@ def test_queries_of_the_victims_own_set_leave_the_last_thousand(write_npz, tmp_p
         assert (len(images), len(labels), split) == (40, 40, "train")
 
 
-def test_queries_of_a_small_test_split(write_npz, tmp_path):
-    write_npz("svhn", test=284)
-    with pytest.raises(UserError, match=r"284 images.*--force"):
+def test_queries_of_a_small_test_split_leave_half(write_npz, tmp_path, capsys):
+    assert [held_out(count) for count in (1, 2, 285, 1000, 1001, 10_000)] == [1, 1, 143, 500, 1000, 1000]
+    write_npz("svhn", test=285)
+    images, _, split = load_queries("svhn", "svhn", tmp_path)
+    assert (len(images), split) == (142, "test")
+    assert capsys.readouterr().out == "svhn: 143 of its 285 test images, the last, are kept for the evaluation\n"
+    write_npz("svhn", test=1)
+    with pytest.raises(UserError, match=r"has one image.*--force"):
         load_queries("svhn", "svhn", tmp_path)
+
+
+@pytest.fixture
+def spellings(write_npz, image_folder, tmp_path, monkeypatch):
+    """The folder d with the data sets own.npz and own/, and links to them, is the working folder."""
+    write_npz("d/own", train=8, test=10)
+    image_folder("d/own", number=20)
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    (tmp_path / "d" / "link.npz").symlink_to("own.npz")
+    (tmp_path / "d" / "cifar10.npz").symlink_to("own.npz")
+    (tmp_path / "d" / "link").symlink_to("own")
+    monkeypatch.chdir(tmp_path / "d")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("victim", "name"),
+    [
+        (victim, victim.partition(":")[0] + ":" + name)
+        for victim, names in (
+            ("npz:own.npz", ("own.npz", "./own.npz", "../d/own.npz", "{tmp}/d/own.npz", "~/link/own.npz", "link.npz")),
+            ("folder:own", ("own", "own/", "./own", "{tmp}/d/own", "~/d/own", "link", "../link/link")),
+        )
+        for name in names
+    ],
+)
+def test_another_spelling_of_the_victims_data_is_the_same_data(victim, name, spellings):
+    name = name.format(tmp=spellings)
+    assert canonical_name(name) == canonical_name(victim) == victim.replace(":", f":{spellings}/d/")
+    assert load_queries(name, victim, "data")[2] == load_queries(victim, name, "data")[2] == "test"
+    assert load_queries(name, victim, "data", force=True)[2] == load_queries(name, "cifar10", "data")[2] == "train"
+
+
+def test_names_of_the_same_data(spellings):
+    assert canonical_name("fmnist") == canonical_name("fashionmnist") == "fashionmnist"
+    assert canonical_name("other") == "other"  # a stranger's victim
+    assert canonical_name("npz:a/b") != canonical_name("npz:a_b")
+    assert load_queries("npz:own.npz", "cifar10", ".")[2] == "test"  # what the data root has of that name
 
 
 def test_unlabelled_split():

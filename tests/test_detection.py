@@ -286,6 +286,19 @@ def test_users_and_attackers_share_images_where_these_are_few():
     assert "same images" in words
 
 
+@pytest.mark.parametrize(
+    ("images", "length", "classes", "message"),
+    [
+        (40, 21, 2, "may have 20 images .* lower --stream-length 21, or raise --user-classes"),
+        (8, 10, 2, "may have 4 images .* choose another --dataset, or raise --user-classes"),
+        (40, 10, 5, "--user-classes 5: the test split has 4 classes, give that or less"),
+    ],
+)
+def test_too_few_images_for_a_stream_are_a_line_that_helps(images, length, classes, message):
+    with pytest.raises(UserError, match=message):
+        streams.part_images(torch.arange(images) % 4, length, classes, seed=0)
+
+
 def test_users_ask_about_different_images_of_few_classes():
     labels, chosen = torch.arange(90) % 9, torch.arange(0, 90, 2)
     tasks = set()

@@ -1,14 +1,18 @@
 """Evaluation leaves the encoder as it was; closeness of two encoders against slow formulas; which images are tested."""
 
 import copy
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
+from data_aug.datasets import load_dataset
 from data_aug.images import Stored, Streamed, Views, open_pictures
+from defenses.watermark import WatermarkMLP, watermark_scores
 from evaluation import (
     agreement,
     compare,
@@ -17,12 +21,14 @@ from evaluation import (
     fidelity,
     frozen,
     linear_cka,
+    linear_probe,
     load_test,
     neighbour_overlap,
     released_probe,
     represent,
     represent_both,
 )
+from evaluation.rows import encoder_row
 from evaluation.test_images import unqueried_positions
 from models import build_encoder
 from training.record import Record
@@ -95,6 +101,53 @@ def test_a_changed_encoder_is_noticed(encoder, images):
 
     with pytest.raises(RuntimeError, match=r"changed the encoder: backbone\.bn1\.running_mean"):
         change_it()
+
+
+@pytest.mark.parametrize("factor", [1e25, math.inf, math.nan])
+@pytest.mark.parametrize(
+    "judge",
+    [
+        lambda encoder, labelled: represent(encoder, labelled[0], FP32),
+        lambda encoder, labelled: represent(encoder, labelled[0], FP32, dtype=torch.float16),
+        lambda encoder, labelled: released_probe(encoder, labelled, labelled, 1e-3, FP32, epochs=1),
+        lambda encoder, labelled: watermark_scores(encoder, WatermarkMLP(256), labelled[0], FP32),
+    ],
+    ids=["represent", "half", "released", "watermark"],
+)
+def test_an_encoder_whose_answers_are_no_numbers_is_named(judge, factor, encoder, images):
+    with torch.no_grad():
+        encoder.backbone.layer4[0].bn2.weight.fill_(factor)
+    with pytest.raises(UserError, match=r"an encoder gives representations that are .* give another checkpoint$"):
+        judge(encoder, (images, torch.arange(12) % 3))
+
+
+def test_a_probe_that_diverges_is_a_line(encoder, images):
+    space = represent(encoder, images), torch.arange(12) % 3
+    with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch \d+: lower the learning rate 1e\+30"):
+        linear_probe(space, space, lr=1e30, epochs=9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "report", "kept"),
+    [
+        (
+            {},
+            {"top1": 99.9, "queries": 1.0, "model": 2.0},
+            {"defence_top1": 99.9, "defence_queries": 1.0, "defence_model": 2.0},
+        ),
+        ({"defence": "poisoning"}, {"poisoning_poisoned": 3.0}, {"poisoning_poisoned": 3.0}),
+        ({"defence": "noise"}, {"test_images": 4.0, "": 1.0}, {"defence_test_images": 4.0, "defence_": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("key", ["met", "defence_report"])
+def test_no_file_takes_the_place_of_a_rows_figures(settings, report, kept, key, encoder):
+    scores, more = {"top1": 12.3456789}, {"test_images": 7}
+    honest = {"settings": settings}
+    for kind, queries in (("stolen", None), ("suspect", None), ("victim", 0)):
+        row = encoder_row(kind, encoder, None, {**honest, key: report}, scores, {"probe": "linear"}, more)
+        assert row == {**encoder_row(kind, encoder, None, honest, scores, {"probe": "linear"}, more), **kept}
+        assert (row["model"], row["top1"], row["test_images"], row["losstype"]) == (kind, 12.345679, 7, None)
+        assert row["queries"] is row["distinct"] is queries or row["queries"] == queries == 0
 
 
 def test_evaluate_gives_every_figure_and_counts_all_test_images(encoder, images):
@@ -232,6 +285,74 @@ def test_compare_measures_a_copy_of_another_width_through_its_map(pair):
 
 
 # ---- which images ----
+
+
+def of_test(name, images, positions=None):
+    """The record of a copy that queried these images of a data set's test split."""
+    indices = None if positions is None else torch.as_tensor(positions)
+    return Record(
+        query_set={"dataset": name, "split": "test"}, query_digests=digest_tensor(images), query_indices=indices
+    )
+
+
+@pytest.fixture
+def tests(write_npz):
+    """A data root with 1,010 test images, of which the first two and the last two are equal, and 48 of another set."""
+    path = write_npz("cifar10", test=1010)
+    arrays = dict(np.load(path))
+    arrays["x_test"][[0, 1, -2, -1]] = 0
+    np.savez(path, **arrays)
+    arrays = dict(np.load(write_npz("svhn", test=48)))
+    np.savez(path.parent / "svhn.npz", **{key: array ^ 1 if key[0] == "x" else array for key, array in arrays.items()})
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "number", "used", "left_out"),
+    [
+        ("cifar10", [], None, 1010, 0),
+        ("cifar10", [("svhn", range(24))], None, 1010, 0),
+        ("cifar10", [("cifar10", range(2, 10))], None, 1000, 0),
+        ("cifar10", [("cifar10", range(10))], None, 998, 2),  # equal images at the end
+        ("cifar10", [("cifar10", range(10))], 1000, 998, 2),
+        ("cifar10", [("cifar10", range(2, 10))], 7, 7, 0),
+        ("npz:{root}/cifar10.npz", [("cifar10", range(10))], None, 998, 2),  # the same data by another name
+        ("npz:{root}/../{here}/cifar10.npz", [("npz:{root}/cifar10.npz", range(10))], None, 998, 2),
+        ("svhn", [("svhn", range(20))], None, 24, 0),  # of few images, half
+        ("svhn", [("cifar10", range(10))], None, 48, 0),
+        ("svhn", [("svhn", range(3)), ("svhn", range(20))], None, 24, 0),
+        ("svhn", [("cifar10", [700]), ("svhn", [5])], None, 24, 0),
+    ],
+)
+def test_images_that_were_queried_are_left_out_and_counted(name, asked, number, used, left_out, tests):
+    names = {"root": tests, "here": tests.name}
+    records = []
+    for source, positions in asked:
+        images = load_dataset(source.format(**names), tests, "test")[0][list(positions)]
+        records.append(of_test(source.format(**names), images, list(positions)))
+    images, labels, count = load_test(name.format(**names), tests, *records, number=number)
+    assert (len(images), len(labels), count) == (used, used, left_out)
+    for record in records:
+        assert count_queried(images, record.query_digests) == 0
+    everything = load_dataset(name.format(**names), tests, "test")[0]
+    if not left_out:
+        assert torch.equal(images, everything[-used:])
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "number", "message"),
+    [
+        ("cifar10", range(2, 10), 1001, r"1 of the 1001 test images were queried: give --num-test 1000 or less$"),
+        ("cifar10", [5, 1009], 1, r"1 of the 1 test images were queried: test on another data set$"),
+        ("cifar10", [10**12], 1011, "has 1010 images"),
+        ("svhn", range(48), None, "all 24 test images of svhn were queried: test on another data set"),
+    ],
+)
+def test_where_too_few_images_are_left_a_line_says_what_to_do(name, positions, number, message, tests):
+    images = load_dataset(name, tests, "test")[0]
+    sent = images[[position for position in positions if position < len(images)]]
+    with pytest.raises(UserError, match=message):
+        load_test(name, tests, of_test(name, sent, list(positions)), number=number)
 
 
 def test_load_test_takes_what_was_not_queried(write_npz):

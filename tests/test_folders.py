@@ -106,15 +106,15 @@ def test_folders_that_name_no_network_to_build(timm_folder, tmp_path):
         ({"architecture": "resnet10t", "model_args": {"depth": 3}}, "timm cannot build resnet10t"),
         ({"model_type": "nothing"}, "transformers cannot build nothing"),
         ({"model_type": "detr", "backbone_config": {"model_type": "timm_backbone"}}, "would be downloaded"),
-        ({"model_type": "bert"}, "transformers"),
+        ({"model_type": "bert"}, "a larger network than the weights beside it"),
         ({}, "names no network"),
-        ([], "not an object of settings"),
+        ([], "is not an object of settings"),
     ):
         (folder / "config.json").write_text(json.dumps(settings))
         refusal_of_it = refusal(folder)
         assert expected in refusal_of_it or "missing" in refusal_of_it
     (folder / "config.json").write_text("{")
-    assert "is not JSON" in refusal(folder)
+    assert "cannot be read as an object of settings" in refusal(folder)
     assert "needs config.json and model.safetensors or pytorch_model.bin" in refusal(tmp_path)
 
 

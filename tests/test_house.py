@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "attacks": _BASE | {"data_aug", "defenses", "jobs", "loss", "models", "training", "victim"},
     "simclr": _BASE | {"attacks", "data_aug", "defenses", "jobs", "training", "victim"},
     "evaluation": _BASE | {"attacks", "data_aug", "defenses", "loss", "models", "simclr", "training", "victim"},
-    "experiments": {"files", "utils"},
+    "experiments": {"files", "jobs", "utils"},
 }
 
 

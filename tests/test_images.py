@@ -502,7 +502,7 @@ def test_data_aug_knows_of_no_processes():
     code += "print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     known = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert known & set(done.stdout.split()) == {"data_aug", "settings", "utils"}
+    assert known & set(done.stdout.split()) == {"data_aug", "files", "settings", "utils"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,12 +1,19 @@
 """Several processes as one job, on the CPU: they find each other, and compute what a single process would."""
 
+import contextlib
+import dataclasses
 import os
+import socket
+import threading
 
 import pytest
 import torch
 
+from jobs import meeting
+from jobs.ending import Misplaced
 from jobs.machine import Machine, Threads, set_up
-from jobs.place import Place, Processes, find_place, first_host, refuse_several, set_up_job
+from jobs.meeting import set_up_job
+from jobs.place import Place, Processes, find_place, first_host, refuse_several
 from settings import Parser
 from tests import jobs
 from training.run import run_name
@@ -101,6 +108,65 @@ def test_a_host_that_is_not_there_is_said_at_once(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no host")
     with pytest.raises(UserError, match="no host 'no host', where rank 0 should listen"):
         set_up_job(Processes())
+
+
+@pytest.fixture
+def listener():
+    """What listens at a port, and connections to it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def place_at(server, rank=1, count=2):
+    return Place(rank, count, 0, 1, "127.0.0.1", server.getsockname()[1])
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_another_program_at_the_port_is_told_from_a_job(answers, listener, monkeypatch):
+    monkeypatch.setattr(meeting, "ANSWER", 1.0)
+    monkeypatch.setattr(meeting, "PATIENCE", 0.3)
+    connections = []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(listener.accept()[0])
+                if answers:
+                    connections[-1].sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    with pytest.raises(Misplaced, match=r"what listens at 127.0.0.1:\d+ is not process 0 of this job"):
+        meeting.connect(place_at(listener), host=False)
+    with pytest.raises(Misplaced, match=r"process 0 cannot listen at 127.0.0.1:\d+, is the port free"):
+        meeting.connect(place_at(listener, rank=0), host=True)
+    listener.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        connection.close()
+
+
+def test_a_process_that_is_not_started_is_said(monkeypatch):
+    monkeypatch.setattr(meeting, "PATIENCE", 0.3)
+    here = Place(0, 2, 0, 1, "127.0.0.1", jobs.free_port())
+    with pytest.raises(Misplaced, match=r"process 1 of 2 found no process 0 at 127.0.0.1:\d+"):
+        meeting.connect(dataclasses.replace(here, rank=1), host=False)
+    with pytest.raises(Misplaced, match="of 2 processes 1 did not come in 0 seconds: are all started"):
+        meeting.call_roll(meeting.connect(here, host=True), here)
+
+
+def test_processes_that_do_not_fit_each_other_are_told():
+    here = Place(0, 2, 0, 1, "127.0.0.1", jobs.free_port())
+    store = meeting.connect(here, host=True)
+    first = threading.Thread(target=meeting.call_roll, args=(store, here))
+    first.start()
+    other = meeting.connect(dataclasses.replace(here, rank=1), host=False)
+    other.wait(["here/0"])
+    with pytest.raises(Misplaced, match="process 2 is of a job of 3 processes, others are of 2"):
+        meeting.call_roll(other, dataclasses.replace(here, rank=2, processes=3))
+    with pytest.raises(Misplaced, match="two processes of the job have rank 0"):
+        meeting.call_roll(other, here)
+    meeting.call_roll(other, dataclasses.replace(here, rank=1))
+    first.join(10)
+    assert not first.is_alive()
 
 
 def test_a_script_that_works_alone_refuses_to_be_one_of_many(monkeypatch):

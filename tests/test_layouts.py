@@ -4,7 +4,6 @@ import functools
 import os
 import pickle
 import re
-from argparse import Namespace
 
 import pytest
 import torch
@@ -15,34 +14,53 @@ import linear_eval
 import steal
 from models import build_encoder, load_encoder, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
-from models.layouts import CIFAR10, IMAGENET, LAYOUTS, OWN, Layout
+from models.layouts import CIFAR10, CIFAR10_BY_IMAGE, IMAGENET, IMAGENET_SWAV, LAYOUTS, OWN, Layout
+from models.tensors import ENTRIES
 from tests.conftest import ATTACK, JUDGE, ROOT, SMALL
 from tests.conftest import made as made_by
 from tests.networks import (
     assert_same,
+    averaged,
     barlow_whole,
+    called_net,
     copy_of_2022,
     dino_whole,
     lightly,
     lightly_resnet,
     lightly_torchvision,
+    mmselfsup,
     moco_v2,
     moco_v3,
     own,
     parts,
     prepared,
+    probe_of_2022,
+    pytorch_cifar,
     randomise,
     refusal,
     simsiam,
     solo,
+    spijkervet,
     sthalles,
+    supcontrast,
+    swav,
+    symmetrized,
     torch_resnet,
     torchvision_old,
+    vissl,
     with_fc,
+    wrapped,
 )
 
 AT_224 = (224, IMAGENET)
 SOLO_32 = (32, CIFAR10)
+
+
+@functools.cache
+def own_resnet18():
+    """The network that SupContrast and pytorch-cifar write down too. Not to be changed."""
+    return randomise(build_encoder("resnet18")).backbone
+
 
 # name: the network, how its file is made, the layout, the architecture, (size, normalisation), prefixes ignored
 FILES = {
@@ -96,6 +114,31 @@ FILES = {
     "torchvision-50": (
         *(lambda: torch_resnet("resnet50"), lambda network: with_fc(network, nn.Linear(2048, 9)).state_dict()),
         *("torchvision", "resnet50-imagenet", AT_224, "fc."),
+    ),
+    "symmetrized": (
+        *(torch_resnet, symmetrized, "2022 code, symmetrized", "resnet18-imagenet", (None, None)),
+        "encoder.fc., predictor.",
+    ),
+    "supcontrast": (own_resnet18, supcontrast, "SupContrast (model)", "resnet18", (32, CIFAR10_BY_IMAGE), "head."),
+    "supcontrast-224": (torch_resnet, supcontrast, "SupContrast (model)", "resnet18-imagenet", AT_224, "head."),
+    "spijkervet": (torch_resnet, spijkervet, "Spijkervet/SimCLR", "resnet18-imagenet", (224, None), "projector."),
+    "swav": (torch_resnet, swav, "SwAV", "resnet18-imagenet", (224, IMAGENET_SWAV), "projection_head., prototypes"),
+    "mmselfsup": (torch_resnet, mmselfsup, "mmselfsup", "resnet18-imagenet", AT_224, "neck."),
+    "vissl": (
+        *(torch_resnet, vissl, "vissl (classy_state_dict.base_model.model.trunk)", "resnet18-imagenet", AT_224, ""),
+    ),
+    "averaged": (torch_resnet, averaged, "torchvision", "resnet18-imagenet", AT_224, "fc."),
+    "pytorch-cifar": (
+        *(own_resnet18, pytorch_cifar, "pytorch-cifar (net)", "resnet18", (32, CIFAR10_BY_IMAGE), "linear."),
+    ),
+    "2022-probe": (own_resnet18, probe_of_2022, "2022 code, network of a probe", "resnet18", (None, None), "fc."),
+    "net": (
+        *(torch_resnet, called_net, "a ResNet called net (model_state_dict)", "resnet18-imagenet", AT_224),
+        "net.fc., projection",
+    ),
+    "model": (
+        *(torch_resnet, lambda network: {"state_dict": wrapped(network.state_dict(), "model.")}),
+        *("a ResNet called model", "resnet18-imagenet", AT_224, ""),
     ),
     "own": (*(lambda: randomise(build_encoder("resnet10w32", 16)), own, OWN.name, "resnet10w32", (None, None), ""),),
 }
@@ -180,6 +223,30 @@ def test_the_head_of_sthalles_is_kept(write):
     assert load_encoder(write("2022")).out_dim is None
 
 
+# Variants of layouts: what is added to the encoder's tensors under a prefix, and the layout.
+VARIANTS = {
+    "SimSiam whose predictor is square": ("module.encoder.", {"module.predictor.0.weight": (512, 512)}, "SimSiam"),
+    "SupContrast's classifier": ("encoder.", {"fc.weight": (10, 512)}, "SupContrast"),
+    "mmselfsup, MoCo": ("backbone.", {"neck.mlp.0.weight": (8, 8), "encoder_q.0.conv1.weight": (8, 3)}, "mmselfsup"),
+    "mmselfsup, BYOL": ("backbone.", {"neck.fc0.weight": (8, 8), "target_net.module.0.bn1.bias": (8,)}, "mmselfsup"),
+    "mmselfsup's classifier": ("backbone.", {"head.fc.weight": (10, 512)}, "mmselfsup"),
+    "DeepCluster-v2": ("module.", {"module.prototypes.prototypes0.weight": (30, 8)}, "SwAV"),
+    "average of several GPUs'": (
+        "module.module.",
+        {"module.module.fc.weight": (10, 512), "n_averaged": ()},
+        "torchvision",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_a_layout_are_read(name):
+    prefix, more, layout = VARIANTS[name]
+    state = {f"{prefix}{key}": value for key, value in torch_resnet().state_dict().items()}
+    encoder = encoder_from_checkpoint({"state_dict": {**state, **{key: torch.ones(of) for key, of in more.items()}}})
+    assert encoder.report.startswith(f"layout of {layout}: resnet18-imagenet")
+
+
 @pytest.mark.parametrize("name", ["simsiam", "torchvision"])
 def test_a_files_own_size_and_normalisation_come_first(name, tmp_path):
     ours = ((0.5,) * 3, (0.25,) * 3)
@@ -192,7 +259,7 @@ def test_the_pages_example_of_a_further_layout_works(monkeypatch):
     line = re.search(r"^```python\n(Layout\(.*\))\n```", (ROOT / "docs" / "checkpoints.md").read_text(), re.MULTILINE)
     row = eval(line[1], {"Layout": Layout, "IMAGENET": IMAGENET})
     monkeypatch.setattr("models.checkpoint.LAYOUTS", (*LAYOUTS, row))
-    whole = parts(net=with_fc(torch_resnet(), nn.Linear(512, 10)), projection=nn.Linear(512, 8))
+    whole = parts(cnn=with_fc(torch_resnet(), nn.Linear(512, 10)), projection=nn.Linear(512, 8))
     assert "layout of that project: resnet18-imagenet" in encoder_from_checkpoint(whole.state_dict()).report
 
 
@@ -214,7 +281,11 @@ def test_stems_that_no_tensor_shows_are_told_apart_by_the_file_or_the_caller(tmp
 def change(name, function):
     """The content of a row of FILES, with its tensors changed by a function."""
     checkpoint = made(name)[1]
-    entry = next((entry for entry in ("state_dict", "model", "teacher") if entry in checkpoint), None)
+    entry = next((entry for entry in ENTRIES if checkpoint.get(entry)), None)
+    if entry == "classy_state_dict":
+        state = dict(checkpoint[entry]["base_model"]["model"]["trunk"])
+        function(state)
+        return {entry: {"base_model": {"model": {"trunk": state}}}}
     state = dict(checkpoint[entry] if entry else checkpoint)
     function(state)
     return {**checkpoint, entry: state} if entry else state
@@ -234,7 +305,8 @@ def test_half_a_model_is_refused(name):
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - {"torchvision-50"}))
 def test_a_key_without_a_place_is_refused(name):
-    prefix = "module." if name in ("simsiam", "moco", "moco3", "2022", "barlow-whole") else ""
+    parallel = ("simsiam", "moco", "moco3", "2022", "barlow-whole", "swav", "averaged", "pytorch-cifar")
+    prefix = "module." if name in parallel else ""
     prefix = "_orig_mod." if name == "own" else prefix
     text = refusal(change(name, lambda state: state.update({f"{prefix}surprise.weight": torch.zeros(1)})))
     assert "1 unexpected: " in text
@@ -280,18 +352,17 @@ class Code:
         return os.system, ("touch attacked",)
 
 
-@pytest.mark.parametrize(("content", "named"), [(Code(), "posix.system"), (Namespace(arch="x"), "argparse.Namespace")])
-def test_code_in_a_file_is_refused_with_the_way_out_and_not_run(content, named, tmp_path, monkeypatch):
+def test_code_in_a_file_is_refused_with_the_way_out_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint = {"student": {}, "teacher": {"backbone.bn1.weight": torch.ones(64)}, "args": content}
+    checkpoint = {"student": {}, "teacher": {"backbone.bn1.weight": torch.ones(64)}, "args": Code()}
     torch.save(checkpoint, tmp_path / "evil.pth", pickle_module=pickle)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text('{"architecture": "resnet18"}')
     torch.save(checkpoint, tmp_path / "folder" / "pytorch_model.bin", pickle_module=pickle)
     for path in ("evil.pth", "folder"):
         text = refusal(tmp_path / path)
-        assert f"is not a file of weights only (it needs {named})" in text
-        assert "torch.save(torch.load(OLD, weights_only=False)" in text
+        assert "is not a file of weights only (it needs posix.system)" in text
+        assert "save its weights alone: torch.save(model.state_dict(), NEW)" in text
     assert not (tmp_path / "attacked").exists()
 
 

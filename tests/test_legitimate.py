@@ -8,8 +8,8 @@ import torch
 import legitimate
 from data_aug.datasets import load_dataset
 from defenses import DEFENCES
-from evaluation.user import UserHead, user_scores
-from models import build_encoder
+from evaluation.user import UserHead, load_user, user_scores
+from models import build_encoder, read_checkpoint
 from tests.conftest import SMALL, VICTIM
 from utils import Precision, seeded
 from victim import Account, Victim, image_digests
@@ -98,6 +98,31 @@ def test_a_defence_acts_in_training_and_in_use(task):
     assert scores["noise"]["top1_converged"] < 60
     assert scores["transform"]["top1_converged"] == pytest.approx(scores[""]["top1_converged"], abs=3)
     assert scores["poisoning"]["top1_converged"] < 60  # all images of a brightness look alike
+
+
+@pytest.mark.parametrize(
+    ("flags", "task", "queries", "images"),
+    [
+        ((), "cifar10", "40", (40, 1000)),
+        (("--dataset", "cifar10"), "npz:{data}/cifar10.npz", "40", (40, 1000)),  # the same data by another name
+        ((), "mnist", "40", (40, 24)),
+    ],
+)
+def test_the_user_of_the_victims_data_has_what_the_victim_was_not_trained_on(flags, task, queries, images, data):
+    train, test, left_out = load_user(task.format(data=data), "cifar10", data, int(queries))
+    assert (len(train[1]), len(test[1]), left_out) == (*images, 0)
+    expected = load_dataset(task.format(data=data), data, "test" if "cifar10" in task else "train")[0][:40]
+    assert torch.equal(train[0], expected)
+
+
+def test_of_a_victim_of_other_data_the_user_has_the_training_split(call, trained, tmp_path):
+    state = read_checkpoint(next(tmp_path.rglob("victim-cifar10-*seed0*/checkpoint.pth.tar")))["state_dict"]
+    torch.save(state, tmp_path / "foreign.pth")
+    line = ("--victim", tmp_path / "foreign.pth", "--dataset", "other", "--num_queries", "64", "--epochs", "2")
+    code, _, err = call(legitimate, *line, "--device", "cpu")
+    assert code == 0, err
+    row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    assert (row["train_images"], row["test_images"]) == (64, 1040)
 
 
 def test_refusals(refused, trained):

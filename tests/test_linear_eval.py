@@ -225,3 +225,86 @@ def test_images_without_labels_cannot_judge(refused, trained, tmp_path):
     np.savez(tmp_path / "bare.npz", x_train=np.zeros((40, 32, 32, 3), np.uint8))
     text = refused(linear_eval, *JUDGE, "--stolen", trained, "--dataset-test", f"npz:{tmp_path / 'bare.npz'}")
     assert "images without labels" in text
+
+
+# ---- files from elsewhere, and files that are not what is asked for ----
+
+
+@pytest.fixture
+def foreign(trained, tmp_path):
+    """The copy's weights without a word about their origin, as in a file of the 2022 code."""
+    path = tmp_path / "foreign.pth.tar"
+    torch.save({"epoch": 100, "arch": "resnet34", "state_dict": read_checkpoint(trained)["state_dict"]}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "images"),
+    [
+        ((), 1000),
+        (("--dataset", "cifar10"), 1000),
+        (("--dataset", "npz:{data}/cifar10.npz"), 1000),
+        (("--dataset", "svhn"), 1040),
+        (("--dataset", "other"), 1040),
+        (("--num-test", "1030"), 1030),
+        (("--recipe", "released", "--probe-epochs", "1"), 1000),
+    ],
+)
+def test_a_copy_from_elsewhere_is_tested_on_what_2022_never_queries(flags, images, call, data, foreign, tmp_path):
+    line = (*SMALL, "-n", "40", "--dataset-test", "cifar10", "--stolen", foreign)
+    probe = () if "--recipe" in flags else ("--probe", "knn")
+    code, out, err = call(linear_eval, *line, *probe, *(flag.format(data=data) for flag in flags))
+    assert code == 0, err
+    row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    assert (row["test_images"], row["test_images_queried"]) == (images, 0)
+    assert row["queries"] is row["distinct"] is row["losstype"] is None
+    assert "--fidelity" not in out  # nobody knows its victim
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--modeltype", "victim", "--victim", "{copy}"), "is a copy, which may have been trained on the test images"),
+        (("--stolen", "{victim}"), "is a victim, not a copy: give --modeltype victim --victim"),
+        (("--stolen", "{copy}", "--victim", "{other}"), "is not the victim that this copy was stolen from"),
+        (("--stolen", "{copy}", "--victim", "{data}/cifar10.npz"), "cifar10.npz"),
+        (("--stolen", "{copy}", "--sigma", "0.5"), "was made without sigma 0.5: leave out --sigma"),
+        (("--stolen", "{copy}", "--defence", "noise"), "was made without defence noise: leave out --defence"),
+        (("--stolen", "{copy}", "--temperature", "0.5"), "was made without temperature 0.5: leave out --temperature"),
+        (("--modeltype", "victim", "--victim", "{victim}", "--lossvictim", "supervised"), "give --lossvictim infonce"),
+        (("-n", "1"), "'1' is not a whole number of at least 2"),
+    ],
+)
+def test_files_that_are_not_what_the_flags_say_are_refused(flags, message, refused, data, trained, victims, tmp_path):
+    names = {"copy": trained, "victim": victims[0], "other": victims[1], "data": data}
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refused(linear_eval, *QUICK, *(flag.format(**names) for flag in flags))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("probe", [("--probe", "knn"), (), ("--finetune",), ("--recipe", "released")])
+def test_an_encoder_whose_answers_are_no_numbers_leaves_nothing(probe, refused, trained, tmp_path):
+    content = read_checkpoint(trained)
+    content["state_dict"]["backbone.layer4.0.bn2.weight"].fill_(1e30)
+    torch.save(content, tmp_path / "huge.pth.tar")
+    before = sorted(tmp_path.rglob("*"))
+    line = (*SMALL, "-n", "40", "--dataset-test", "mnist", "--stolen", tmp_path / "huge.pth.tar")
+    assert "give another checkpoint" in refused(linear_eval, *line, *probe, *FP32)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_images_of_one_class_judge_nothing(refused, trained, write_npz):
+    name = f"npz:{write_npz(classes=1)}"
+    assert "are all of one class" in refused(linear_eval, *JUDGE, "--stolen", trained, "--dataset-test", name)
+
+
+def test_a_checkpoint_cannot_forge_its_row(found, trained, tmp_path):
+    content = read_checkpoint(trained)
+    forged = {"knn": 99.0, "queries": 1.0, "test_images": 9.0, "model": 1.0, "poisoning_auc": 0.5}
+    torch.save({**content, "met": forged, "defence_report": forged}, tmp_path / "forged.pth.tar")
+    rows = []
+    for path in (trained, tmp_path / "forged.pth.tar"):
+        found("--stolen", path)
+        rows.append(json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1]))
+    assert all(rows[0][name] == rows[1][name] for name in ("knn", "queries", "test_images", "model"))
+    assert rows[1]["poisoning_auc"] == 0.5

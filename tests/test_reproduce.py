@@ -1,6 +1,9 @@
 """Experiments: what a YAML file asks for, one small run of everything, its table and its picture."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import CancelledError
@@ -10,7 +13,8 @@ import yaml
 
 import reproduce
 from experiments.experiment import Attacker, Experiment, Point
-from experiments.runner import Runner, _curve, results_table
+from experiments.runner import Runner, _curve, picture, results_table
+from jobs.ending import SAVED, Stopped
 from tests.conftest import ROOT
 from utils import UserError
 
@@ -90,6 +94,8 @@ def test_what_an_experiment_lacks_is_named(write, tmp_path):
         ({"attacks": {"mse": {"flags": "", "colour": "red"}}}, "attacks is not .* only"),
         ({"defences": {"noise": {"flags": "", "vary": "--sigma"}}}, "'noise' lacks vary or values"),
         ({"defences": {"noise": {"flags": "", "vary": "--sigma", "values": ["x"]}}}, "defences is not .* values as"),
+        ({"seeds": [0, 1, 0]}, "a number stands twice in seeds or in values"),
+        ({"defences": {"noise": {"flags": "", "vary": "--sigma", "values": [1, 1.0]}}}, "stands twice"),
         ({"defences": {1: ""}}, "defences is not a mapping with texts as keys"),
     ],
 )
@@ -98,37 +104,139 @@ def test_parts_of_another_type_are_named(write, changes, said):
         Experiment(write(**changes))
 
 
-def test_what_is_done_is_read_back_and_broken_lines_run_again(tmp_path, capsys):
-    good = {"command": "run.py", "path": "x.pth.tar", "rows": []}
-    lines = ["{", "5", json.dumps({"command": 1, "path": None, "rows": []}), '{"command": "a"}', json.dumps(good)]
+def test_what_is_done_is_read_back_and_other_scripts_run_again(tmp_path, capsys):
+    (tmp_path / "x.pth.tar").touch()
+    good = {"command": "run.py", "path": str(tmp_path / "x.pth.tar"), "rows": []}
+    others = [{**good, "command": 1}, {**good, "command": "a", "path": str(tmp_path / "gone")}, {"command": "b"}]
+    lines = ["{", "5", *map(json.dumps, [*others, good])]
     (tmp_path / "done.jsonl").write_text("\n".join(lines))
     assert Runner(tmp_path, 1).done == {"run.py": good}
     assert "2 broken lines are skipped (1, 2)" in capsys.readouterr().err
 
 
-def test_a_runner_that_is_told_to_stop_stops_its_scripts_and_starts_no_others(tmp_path, monkeypatch):
-    (tmp_path / "slow.py").write_text("import sys, time, pathlib\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)")
+# ---- scripts, of which stand-ins are started -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    """A runner in a folder with a space, which finds its scripts in `tmp_path`."""
     monkeypatch.setattr("experiments.runner.HERE", tmp_path)
+    (tmp_path / "my results").mkdir()
+    with Runner(tmp_path / "my results", 2) as made:
+        yield made
+
+
+def stand_in(folder, code):
+    (folder / "script.py").write_text(f"import json, os, pathlib, sys, time\n{code}\n")
+
+
+def test_a_runner_that_is_told_to_stop_stops_its_scripts_and_starts_no_others(tmp_path, runner):
+    stand_in(tmp_path, "pathlib.Path(sys.argv[1]).touch(); time.sleep(60)")
     started = time.monotonic()
-    with Runner(tmp_path, 2) as runner:
-        futures = [runner.pool.submit(runner, f"slow.py {tmp_path / str(number)}") for number in range(6)]
-        while not (tmp_path / "1").exists() or not (tmp_path / "0").exists():
-            time.sleep(0.02)
+    futures = [runner.pool.submit(runner.checkpoint, "script.py", str(tmp_path / str(n))) for n in range(6)]
+    while not (tmp_path / "1").exists() or not (tmp_path / "0").exists():
+        time.sleep(0.02)
+    with pytest.raises(Stopped, match="told: the same command goes on from there"), runner:
+        raise Stopped("told")
     assert time.monotonic() - started < 30
     assert all(future.cancelled() or isinstance(future.exception(), CancelledError) for future in futures)
     assert not [number for number in range(2, 6) if (tmp_path / str(number)).exists()]
     assert not runner.running
     with pytest.raises(CancelledError):
-        runner("slow.py x")
+        runner.checkpoint("script.py", "x")
+    runner.folder_lock = None  # it is closed
 
 
-def test_paths_may_have_spaces(tmp_path, monkeypatch):
-    (tmp_path / "say.py").write_text("import sys; print('copy: ' + sys.argv[1])")
-    monkeypatch.setattr("experiments.runner.HERE", tmp_path)
-    with Runner(tmp_path / "a b", 1) as runner:
-        (tmp_path / "a b").mkdir()
-        assert runner("say.py 'a b/c d.pth.tar'")["path"] == str(tmp_path / "a b" / "c d.pth.tar")
-    assert [*Runner(tmp_path / "a b", 1).done] == ["say.py 'a b/c d.pth.tar'"]
+def test_paths_may_have_spaces(tmp_path, runner):
+    stand_in(tmp_path, "print('copy: ' + sys.argv[1]); pathlib.Path(sys.argv[1]).touch()")
+    path = tmp_path / "my results" / "c d.pth.tar"
+    assert runner.checkpoint("script.py", "my results/c d.pth.tar") == str(path)
+    assert [*Runner(tmp_path / "my results", 1).done] == ["script.py 'my results/c d.pth.tar' --resume"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        ("sys.exit(75)", Stopped, "`python script.py --resume` was stopped"),
+        ("os.kill(os.getpid(), 9)", UserError, "was ended by SIGKILL"),
+        ("sys.exit('error: bees')", UserError, "--resume` failed: bees"),
+        ("sys.exit(3)", UserError, "failed: exit code 3"),
+        ("print('nothing')", UserError, "wrote no row: delete .*my results"),
+    ],
+)
+def test_how_a_script_ended_is_said(tmp_path, runner, code, kind, said):
+    stand_in(tmp_path, code)
+    with pytest.raises(kind, match=said):
+        runner.rows("script.py")
+    assert not (tmp_path / "my results" / "done.jsonl").exists()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_rows_are_those_of_the_command_or_of_the_run_that_is_finished(tmp_path, runner, finished):
+    """A run that is finished has the row of the command that it was begun with."""
+    stand_in(
+        tmp_path,
+        "root = pathlib.Path(sys.argv[sys.argv.index('--checkpoint-dir') + 1]); root.mkdir()\n"
+        f"command = 'another' if {finished} else ' '.join(sys.argv)\n"
+        "rows = [{'run': 'a/b', 'command': command, 'top1': 1}, {'run': 'a/c', 'command': 'others', 'top1': 2}]\n"
+        "(root / 'results.jsonl').write_text(''.join(json.dumps(row) + chr(10) for row in rows))\n"
+        f"print(f'{{root}}/a/b has its results already') if {finished} else None",
+    )
+    assert [row["top1"] for row in runner.rows("script.py", "--flag", "a b")] == [1]
+
+
+def test_a_command_that_is_asked_for_twice_runs_once(tmp_path, runner):
+    code = "pathlib.Path(f'{os.getpid()}.started').touch(); time.sleep(0.2); open('x.pth.tar', 'w'); "
+    stand_in(tmp_path, code + "print('copy: x.pth.tar')")
+    both = [runner.pool.submit(runner.checkpoint, "script.py") for _ in range(2)]
+    assert {future.result() for future in both} == {str(tmp_path / "x.pth.tar")}
+    assert len([*tmp_path.glob("*.started")]) == 1
+
+
+def test_a_second_process_in_the_folder_gets_a_line(tmp_path):
+    code = (
+        "import sys; from files.writing import lock; lock(__import__('pathlib').Path(sys.argv[1])); print(flush=True)"
+    )
+    line = [sys.executable, "-c", f"{code}; sys.stdin.read()", tmp_path]
+    with subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process writes in"), Runner(tmp_path, 1):
+            pass
+        other.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "group"), [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)]
+)
+def test_reproduce_stops_its_scripts_when_it_is_told(write, tmp_path, number, group):
+    """A real process, and stand-ins for its scripts, which say when they are told to stop."""
+    for name in ("run.py", "steal.py", "legitimate.py"):
+        (tmp_path / name).write_text(
+            "import os, pathlib, signal, sys, time\n"
+            "def stop(*signals): print(file=open('told', 'a')); sys.exit(75)\n"
+            "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, stop)\n"
+            "if sys.argv[0] == 'run.py': open('v.pth.tar', 'w'); print('victim: v.pth.tar'); sys.exit()\n"
+            "print(file=open('started', 'a')); time.sleep(60)\n"
+        )
+    code = "import sys, pathlib, experiments.runner, reproduce; "
+    code += "experiments.runner.HERE = pathlib.Path.cwd(); reproduce.main()"
+    line = [sys.executable, "-c", code, str(write()), "--jobs", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(line, cwd=tmp_path, env=environment, **pipes) as started:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists() or (tmp_path / "started").read_text() != "\n\n":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (os.killpg if group else os.kill)(started.pid, number)
+        _, err = started.communicate(timeout=30)
+    assert (started.returncode, err) == (SAVED, f"stopped by {number.name}: the same command goes on from there\n")
+    assert (tmp_path / "started").read_text() == "\n\n"  # no others
+    assert len((tmp_path / "told").read_text()) >= 2
+    assert len((tmp_path / "results/tiny/done.jsonl").read_text().splitlines()) == 1
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -158,7 +266,7 @@ def test_a_script_that_fails_ends_the_experiment_in_one_line(write, tmp_path, mo
         call(monkeypatch, capsys, write(victim="--arch resnet99"), "--results", tmp_path / "results")
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: `python run.py --arch resnet99 --resume` failed: error: run.py: argument")
+    assert err.startswith("error: `python run.py --arch resnet99 --resume` failed: run.py: argument")
     assert err.count("\n") == 1
 
 
@@ -181,6 +289,14 @@ def test_detection_and_ownership_are_shown_where_they_are_known():
     line = results_table([row(40, 0, detection={"auc_s": 0.876}, verified=verified)]).splitlines()[-1]
     assert line.endswith("| 0.88 | 61.2 | 1e-09 | 0.012 | 0.04 |")
     assert results_table([row(40, 0)]).splitlines()[-1].endswith("|  |  |  |  |  |")
+
+
+def test_figures_that_a_probe_does_not_give_are_left_out(tmp_path):
+    """As with `judge: --probe knn`."""
+    rows = [{**row(40, seed), "copy": {"knn": 30.0 + seed, "top1_converged": None}, "user": {}} for seed in range(3)]
+    assert results_table(rows).splitlines()[2] == "| noise | mse |  | 31.0 ± 1.0 |  |  |  |  |  |  |  |"
+    picture(rows, tmp_path / "curves.png")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_curve_goes_through_the_strengths_in_their_order():

@@ -168,7 +168,9 @@ def test_a_checkpoint_of_2022_is_stolen_from(call, tmp_path):
     encoder = build_encoder("resnet10w32", out_dim=128)
     path = tmp_path / "cifar10_checkpoint_200_infonce.pth.tar"
     torch.save({"epoch": 200, "arch": "resnet34", "state_dict": encoder.state_dict(), "optimizer": {}}, path)
-    code, _, err = call(steal, *STEAL, "--victim", path, "--epochs", "1", "--losstype", "mse", *QUERIES)
+    code, _, err = call(
+        steal, *STEAL, "--victim", path, "--epochs", "1", "--losstype", "mse", *QUERIES, "--epochstrain", "200"
+    )
     assert code == 0, err
     copy = next((tmp_path / "checkpoints").rglob("checkpoint.pth.tar"))
     assert copy.parent.parent.name.startswith("cifar10_checkpoint_200_infonce-")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from defenses.watermark import WatermarkMLP
 from evaluation.ownership import (
     Candidate,
     OwnershipTest,
+    dataset_of,
     judge_inference,
     judge_watermark,
     training_images,
@@ -28,7 +30,7 @@ from files.writing import save_checkpoint
 from models import build_encoder, load_encoder, read_checkpoint
 from tests.conftest import call_main
 from tests.test_watermark import lit
-from utils import seeded
+from utils import UserError, seeded
 
 SMALL = ("--arch", "resnet10w32", "--device", "cpu", "--precision", "fp32")
 FEW = ("--num-test", "80")
@@ -360,15 +362,76 @@ def test_bad_input_gets_one_line(arguments, message, refuses):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("--num-train", "113"), "was trained on 112 images"), (("--components", "57"), "more than the 56 images")],
+    ("flag", "number", "message"),
+    [
+        ("--num-train", 113, "was trained on 112 images, give 112 or less"),
+        ("--components", 57, "more than the 56 images to fit: give 56 or less"),
+    ],
 )
-def test_too_much_for_the_training_images_is_refused(arguments, message, refuses):
-    assert message in refuses(*arguments, method="dataset-inference")
+def test_a_number_that_a_refusal_names_is_taken(flag, number, message, refuses, verified):
+    assert message in refuses(flag, number, method="dataset-inference", suspect="stolen")
+    given = re.search(r"give (\d+) or less", message)[1]
+    assert "suspect" in verified("dataset-inference", ["stolen"], (), flag, given, *FEW)
 
 
 def test_a_copys_queries_are_not_tested_on(refuses):
-    assert "were queried" in refuses("--num-test", "1040", suspect="stolen")
+    line = refuses("--num-test", "1040", suspect="stolen")
+    assert "40 of the 1040 test images were queried: give --num-test 1000 or less" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "expected"),
+    [
+        ({}, "svhn", "svhn"),
+        ({}, None, "does not say which data set it was trained on: give --dataset"),
+        ({"dataset": "cifar10"}, None, "cifar10"),
+        ({"dataset": "cifar10"}, "svhn", "was trained with dataset cifar10, not svhn: give --dataset cifar10"),
+        ({"dataset": "npz:{here}"}, "npz:{folder}/../{name}/ours.npz", "npz:{here}"),
+        ({"dataset": "npz:{here}"}, "svhn", "give --dataset npz:"),
+        ({"dataset": "npz:moved/away.npz"}, "npz:{here}", "npz:{here}"),
+        (
+            {"dataset": "npz:moved/away.npz"},
+            None,
+            "was trained on npz:moved/away.npz, which is not there: give --dataset",
+        ),
+        ({"dataset": "imagenet"}, "folder:{folder}", "folder:{folder}"),
+        ({"dataset": 5}, None, "which is not there: give --dataset"),
+    ],
+)
+def test_the_victims_data_set_is_found_or_asked_for(settings, given, expected, encoders):
+    folder, paths = encoders
+    names = {"here": folder / "ours.npz", "folder": folder, "name": folder.name}
+    settings, given, expected = (
+        {key: str(value).format(**names) for key, value in settings.items()},
+        given and given.format(**names),
+        expected.format(**names),
+    )
+    victim = Candidate("victim", paths["victim"], {"settings": settings}, None)
+    if "give --dataset" in expected:
+        with pytest.raises(UserError, match=re.escape(expected)):
+            dataset_of(OwnershipTest(dataset=given), victim)
+    else:
+        assert dataset_of(OwnershipTest(dataset=given), victim) == expected
+
+
+@pytest.mark.parametrize("settings", [{"num_train": "x"}, {"num_train": 0}, {"seed": None}, {"losstype": []}])
+def test_settings_of_strange_types_are_a_line(settings, encoders):
+    _, paths = encoders
+    forged = candidate(paths, "victim")
+    forged.checkpoint["settings"] = {"num_train": 5, **settings}
+    with pytest.raises(UserError, match=rf"settings: {next(iter(settings))} is not"):
+        training_images(dataset_of_victim(paths), "datasets", forged)
+
+
+@pytest.mark.parametrize("method", ["watermark", "dataset-inference"])
+def test_a_suspect_whose_answers_are_no_numbers_is_named(method, refuses, encoders, tmp_path):
+    _, paths = encoders
+    content = read_checkpoint(paths["copy1"])
+    content["state_dict"]["backbone.layer4.0.bn2.weight"].fill_(1e30)
+    save_checkpoint(content, tmp_path / "huge.pth.tar")
+    arguments = (*FEW, *(("--components", "2") if method == "dataset-inference" else ()))
+    line = refuses(*arguments, method=method, suspect=tmp_path / "huge.pth.tar")
+    assert "huge.pth.tar: an encoder gives representations" in line
 
 
 def test_files_that_cannot_be_what_they_are_given_as_are_refused(refuses, encoders, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from settings import Command
+from training.released import released_below, released_settings
 from training.run import CHECKPOINT, NAME_BYTES, plain, read_config, relative
 from utils import UserError
 
@@ -86,7 +87,8 @@ def find(
 
     `flag` may be a path, a run's name, or a number in the list of the runs that fit. Settings that are only `preferred`
     decide between several that fit. `besides` is left out. What is taken is printed; UserError when none fits,
-    or when several do: they are listed, numbered, with what differs.
+    or when several do: they are listed, numbered, with what differs. Of a file of the 2022 code some settings are
+    known, by its name; the others may have any value.
     """
     root = root or command.checkpoint_dir
     given = getattr(command, flag)
@@ -95,14 +97,15 @@ def find(
         path = locate(Path(given), root)
         print(f"{kind}: {relative(named(path))}")
         return path
-    there = {path: settings for path, settings in runs_below(root, kind).items() if path != besides}
+    there = {path: {**wanted, **known} for path, known in released_below(root, kind).items()} | runs_below(root, kind)
+    there.pop(besides, None)
     fitting = {path: settings for path, settings in there.items() if _fits(settings, wanted)}
     for name, value in (preferred or {}).items():
         fitting = {path: known for path, known in fitting.items() if _fits(known, {name: value})} or fitting
     asked = "".join(f" {name} {plain(value)}" for name, value in wanted.items())
     spelled = command.parser.settings[flag].flag
     if not fitting:
-        listed = "; ".join(str(relative(path.parent)) for path in list(there)[-5:]) or "none"
+        listed = "; ".join(str(relative(named(path))) for path in list(there)[-5:]) or "none"
         raise UserError(
             f"no {kind} encoder{' with' * bool(asked)}{asked} in {root}; there: {listed}; or give {spelled} PATH"
         )
@@ -128,11 +131,11 @@ def _fits(settings: Mapping, wanted: Mapping) -> bool:
 
 def _differences(paths: Sequence[Path]) -> str:
     """The runs in a numbered list, each by the parts of its name that not all have, or by its folder."""
-    parts = [path.parent.name.split("-") for path in paths]
+    parts = [named(path).name.split("-") for path in paths]
     common = set.intersection(*map(set, parts))
     short = [" ".join(part for part in words if part not in common) for words in parts]
     if len(set(short)) < len(short):
-        short = [str(relative(path.parent)) for path in paths]
+        short = [str(relative(named(path))) for path in paths]
     return "; ".join(f"{number}) {words}" for number, words in enumerate(short, 1))
 
 
@@ -148,10 +151,11 @@ def check_finished(checkpoint: Mapping, path: Path) -> None:
 def check_named(checkpoint: Mapping, path: Path, command: Command, named: Mapping[str, str]) -> None:
     """UserError when the checkpoint has another setting than a given flag names.
 
-    `named` maps flags to settings; a file of the 2022 code has none and passes.
+    `named` maps flags to settings. Of a file of the 2022 code its name tells some.
     """
+    settings = checkpoint.get("settings") or released_settings(path, "victim") or released_settings(path, "stolen")
     for flag, name in named.items():
-        known, value = checkpoint.get("settings", {}).get(name), command.given.get(flag)
+        known, value = settings.get(name), command.given.get(flag)
         if flag in command.given and known is not None and known != plain(value):
             spelled = command.parser.settings[flag].flag
             raise UserError(f"{path} was trained with {name} {known}, not {value}: give {spelled} {known}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_aug.images import Batch
+from files.reading import reading
 from files.writing import save_checkpoint
 from jobs.ending import Stopped, deferred, received
 from jobs.exchange import any_of, barrier, parallel, processes, whole_batch
@@ -20,6 +21,7 @@ from training.lars import LARS
 from training.monitor import Watch
 from training.objective import Loss
 from training.recipe import Recipe, learning_rate
+from training.resuming import load_optimizer
 from training.run import Run, relative
 from utils import UserError, first_process, generator
 
@@ -220,11 +222,12 @@ class Loop:
         missing = {"state_dict", "optimizer", "scaler", "epoch"} - checkpoint.keys()
         if missing:
             raise UserError(f"{source} is not the checkpoint of a run, it has no {', '.join(sorted(missing))}")
-        load_checked(self.model, checkpoint["state_dict"], source)
-        if self.companion:
-            load_checked(self.companion, checkpoint.get(self.companion.checkpoint_key, {}), source)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        with reading(source, "the checkpoint of a run"):
+            load_checked(self.model, checkpoint["state_dict"], source)
+            if self.companion:
+                load_checked(self.companion, checkpoint.get(self.companion.checkpoint_key, {}), source)
+            load_optimizer(self.optimizer, checkpoint["optimizer"], source)
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.first_epoch = checkpoint["epoch"]
         self.run.record.load_state_dict(checkpoint)
         self.resumed = checkpoint

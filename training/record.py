@@ -4,30 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from files.reading import checked, number, record, table, tensor, text
-
-
-def _digests(value: Any) -> str | None:
-    """The check of digests, uint8 (N, 16) or flattened."""
-    fits = isinstance(value, Tensor) and value.dtype == torch.uint8 and value.numel() % 16 == 0
-    return None if fits else "digests of 16 bytes"
-
-
-# What a checkpoint may have of a `Record`.
-_ACCOUNT = {"queries": number(whole=True, at_least=0), "calls": number(whole=True, at_least=0)}
-_RECORDED = {
-    "images": number(whole=True, at_least=0),
-    "query_set": table(),
-    "query_indices": tensor(torch.int64, (None,)),
-    "stolen_from": text(),
-    "victim_version": text(),
-    "ledger": table(record(**_ACCOUNT, images=_digests)),
-    "query_digests": tensor(torch.uint8, (None, 16)),
-    "defence_report": table(number(finite=False)),
-}
+from files.reading import checked
+from models.files import RECORDED
 
 
 @dataclass
@@ -58,8 +38,9 @@ class Record:
 
         Until 2026 `defence_report` was called `met`.
         """
-        earlier = {"defence_report": checkpoint["met"]} if "met" in checkpoint else {}
-        for name, value in checked({**earlier, **checkpoint}, _RECORDED, "the checkpoint").items():
+        entries = checked(checkpoint, RECORDED, "the checkpoint")
+        earlier = {"defence_report": entries.pop("met")} if "met" in entries else {}
+        for name, value in {**earlier, **entries}.items():
             setattr(self, name, value)
 
     @classmethod
@@ -69,8 +50,8 @@ class Record:
         return record
 
     def figures(self) -> dict[str, Any]:
-        """Queries, distinct images queried, and the defences' figures, for a row."""
+        """Queries, distinct images queried, and the defences' figures, which cannot take the place of the two."""
         accounts = self.ledger.values()
         distinct = {bytes(row) for account in accounts for row in account["images"].view(-1, 16).numpy()}
         queries = sum(account["queries"] for account in accounts)
-        return {"queries": queries, "distinct": len(distinct), **self.defence_report}
+        return {**self.defence_report, "queries": queries, "distinct": len(distinct)}

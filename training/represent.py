@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data_aug.datasets import to_float
 from data_aug.images import Images, Stored, as_images
 from jobs.exchange import gather, share
-from utils import Precision, quiet
+from utils import Precision, UserError, quiet
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def represent(
 
     images: uint8 or float (N, 3, H, W), or any `Images`. output: a method of the encoder to call instead, such as
     `encoder.project`. dtype: float16 halves the memory for many images. Each process of a job computes its share of
-    every batch; all of them get all rows.
+    every batch; all of them get all rows. UserError where a representation is not finite.
     """
     precision = precision or Precision("fp32", next(encoder.parameters()).device)
     hidden = True if isinstance(images, Tensor | Stored) else quiet()
@@ -49,7 +49,15 @@ def represent(
             rows = represent_batch(output or encoder, local, precision).to(dtype)
             parts.append(gather(rows, total))
             bar.update(total)
+        check_finite(torch.cat([rows.float().norm(dim=1) for rows in parts]), precision)
     return torch.cat(parts)
+
+
+def check_finite(lengths: Tensor, precision: Precision) -> None:
+    """UserError where the length of a representation, or another number computed from it, is not finite."""
+    if not lengths.isfinite().all():
+        remedy = "give another checkpoint" + ("" if precision.name == "fp32" else ", or --precision fp32")
+        raise UserError(f"an encoder gives representations that are too large or no numbers: {remedy}")
 
 
 def _batches(images: Tensor | Images, batch_size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import yaml
 
+from data_aug.datasets import canonical_name
 from files.reading import checked, number, read_lines, read_yaml, table, text
 from files.writing import add_line, atomic_path, lock, naming, put_line
+from jobs.ending import show
 from settings import Command
 from training.record import Record
 from utils import Precision, UserError, first_process, provenance
@@ -81,7 +83,7 @@ class Run:
     def differences(self, stored: Mapping) -> dict[str, Any]:
         """The decisive settings that have another value in a stored config or checkpoint, with that value."""
         before, now = stored.get("settings") or {}, self.config.get("settings", {})
-        return {name: before[name] for name in self.decisive if name in before and before[name] != now[name]}
+        return {name: before[name] for name in self.decisive if name in before and plain(before[name]) != now[name]}
 
     def start(self, from_epoch: int = 0) -> None:
         """Make the folder and write config.yml; UserError where it cannot be written.
@@ -116,7 +118,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line and log it."""
-        print(text, flush=True)
+        show(text)
         self._logger.info(text)
 
     def log(self, step: int, values: Mapping) -> None:
@@ -260,6 +262,8 @@ def plain(value: Any) -> Any:
     """A value as YAML and a checkpoint keep it."""
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
+    if isinstance(value, str):
+        return canonical_name(value)  # data in a file, whose path may be spelled in several ways
     return str(value) if isinstance(value, Path) else value
 
 
