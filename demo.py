@@ -5,7 +5,6 @@ python demo.py            (make demo)
 Runs the project's own scripts, prints each command, then one table, and saves one picture.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from pathlib import Path
 import jobs.early  # noqa: F401
 
 from evaluation.figures import neighbour_picture
+from files.reading import read_lines
 from files.writing import atomic_path
-from jobs.ending import script
+from jobs.ending import SAVED, Stopped, script
 from settings import Command, Parser, Settings, setting
 
 HERE = Path(__file__).resolve().parent
@@ -47,12 +47,17 @@ def parse(line: Sequence[str] | None = None) -> Command:
 
 
 def call(root: Path, script_name: str, arguments: str) -> float:
-    """Run a script, showing its command and its output; seconds taken. Exits with its code when it fails."""
+    """Run a script, showing its command and its output; seconds taken. Exits with its code, and says no more."""
     command = [script_name, *arguments.split(), "--checkpoint-dir", str(root)]
     print(f"\n$ python {' '.join(command)}", flush=True)
     started = time.perf_counter()
-    code = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False).returncode
-    if code:  # the script has said why
+    with subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]]) as child:
+        try:
+            code = child.wait()
+        except Stopped:
+            child.terminate()
+            code = child.wait() or SAVED
+    if code:
         sys.exit(code)
     return time.perf_counter() - started
 
@@ -66,7 +71,7 @@ def run_everything(root: Path) -> list[dict]:
     for name in made:
         copy = f"--modeltype stolen --dataset shapes {COPY} --losstype {name.removeprefix('copy, ')}"
         call(root, "linear_eval.py", f"{JUDGE} {KINDS.get(name, copy)}")
-    results = [json.loads(line) for line in (root / "results.jsonl").read_text().splitlines()]
+    results = read_lines(root / "results.jsonl")
     return [{"name": name, **row, "made_in": made[name]} for name, row in zip(made, results, strict=True)]
 
 

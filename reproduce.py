@@ -6,6 +6,7 @@ Runs the project's own scripts, `--jobs` of them side by side, and keeps what ea
 results/<name>/done.jsonl: started again, it goes on where it stopped. Delete the folder to start anew.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def main() -> None:
         temporary.write_text(text + "\n")
     picture(rows, folder / "curves.png")
     print(f"{text}\n\ntable, picture and rows: {relative(folder)}")
-    print(f"next: python runs.py --checkpoint-dir {relative(folder / 'checkpoints')}")
+    print(f"next: python runs.py --checkpoint-dir {shlex.quote(str(relative(folder / 'checkpoints')))}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Train(Settings):
         ),
     )
     watermark: bool = setting(False, "train a rotation watermark into the victim, for verify.py")
-    n_views: int = setting(2, "random views per image", at_least=1, otherwise="2, for supervised 1")
+    n_views: int = setting(2, "random views per image", at_least=1, at_most=1000, otherwise="2, for supervised 1")
     title = "victim"
 
 

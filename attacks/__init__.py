@@ -61,7 +61,9 @@ class Attack(Settings):
     """
 
     attack: str = setting("direct", "published attack: its settings are the defaults", choices=ATTACKS)
-    n_views: int = setting(1, "queries per image", at_least=1, otherwise="the attack's, or what the loss needs")
+    n_views: int = setting(
+        1, "queries per image", at_least=1, at_most=1000, otherwise="the attack's, or what the loss needs"
+    )
     queryaug: bool | None = setting(None, "send random views (default: with several queries per image)")
     useaug: bool = setting(False, "show the copy fresh random views instead of what the victim saw")
     copy_views: int = setting(

@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,16 @@ def _flags(value: Any) -> str | None:
     return "flags of a command line, in a text"
 
 
-def _either(simple: Check, **parts: Check) -> Check:
-    """The check of a value, or of a mapping with these parts and no others."""
-
-    def check(value: Any) -> str | None:
-        if not isinstance(value, Mapping):
-            return simple(value)
-        if "flags" not in value or not value.keys() <= parts.keys():
-            return f"a mapping with flags, and of {', '.join(parts)} only"
-        wrong = ((key, parts[key](part)) for key, part in value.items())
-        return next((f"a mapping with {key} as {wanted}" for key, wanted in wrong if wanted), None)
-
-    return check
-
-
 _PARTS: dict[str, Check] = {
     **dict.fromkeys(("about", "common", "victim", "steal", "judge", "user", "detect", "verify"), _flags),
     "about": text(),
     "independent": list_of(_flags),
     "seeds": list_of(number(whole=True), at_least=1),
-    "attacks": table(_either(_flags, flags=_flags, against=list_of(text()), stream=text(), judge=_flags)),
-    "defences": table(_either(_flags, flags=_flags, vary=_flags, values=list_of(number(), at_least=1))),
+    "attacks": table(),
+    "defences": table(),
 }
+_ATTACK: dict[str, Check] = {"flags": _flags, "against": list_of(text()), "stream": text(), "judge": _flags}
+_DEFENCE: dict[str, Check] = {"flags": _flags, "vary": _flags, "values": list_of(number(), at_least=1)}
 
 
 @dataclass(frozen=True)
@@ -80,16 +68,16 @@ class Experiment:
             raise UserError(f"{path}: unknown {unknown or 'nothing'}, missing {sorted(missing) or 'nothing'}")
         self.name, self.content = path.stem, checked(content, _PARTS, str(path))
         self.seeds = content.get("seeds", [0])
-        self.points = [point for name, value in content["defences"].items() for point in _points(path, name, value)]
-        self.attacks = [
-            Attacker(name, **{**value, "against": tuple(value.get("against", ()))})
-            if isinstance(value, dict)
-            else Attacker(name, value)
-            for name, value in content["attacks"].items()
-        ]
+        self.points, self.attacks = [], []
+        for name, value in content["defences"].items():
+            self.points += _points(name, _entry(value, _DEFENCE, _DEFENCE.keys(), f"{path}: defence {name!r}"))
+        for name, value in content["attacks"].items():
+            attack = _entry(value, _ATTACK, {"flags"}, f"{path}: attack {name!r}")
+            self.attacks.append(Attacker(name, **{**attack, "against": tuple(attack.get("against", ()))}))
         if not self.points or not self.attacks:
             raise UserError(f"{path} has no attacks or no defences: name one of each, such as none: ''")
-        if len(set(self.seeds)) < len(self.seeds) or len(set(self.points)) < len(self.points):
+        strengths = [(point.defence, point.strength) for point in self.points]
+        if any(len(set(numbers)) < len(numbers) for numbers in (self.seeds, strengths)):
             raise UserError(f"{path}: a number stands twice in seeds or in values: name each once")
         for attack in self.attacks:
             if set(attack.against) - content["defences"].keys():
@@ -103,9 +91,21 @@ class Experiment:
         return [(a, p) for p in self.points for a in self.attacks if not a.against or p.defence in a.against]
 
 
-def _points(path: Path, name: str, value: str | Mapping) -> list[Point]:
+def _entry(value: Any, fields: Mapping[str, Check], needed: Collection[str], where: str) -> dict[str, Any]:
+    """An attack or a defence: flags as a text, or a mapping with the fields that are needed. UserError for others."""
     if isinstance(value, str):
-        return [Point(name, None, value)]
-    if not {"vary", "values"} <= value.keys():
-        raise UserError(f"{path}: the defence {name!r} lacks vary or values")
-    return [Point(name, strength, f"{value['flags']} {value['vary']} {strength}") for strength in value["values"]]
+        return checked({"flags": value}, fields, where)
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {value!r}, not its flags as a text: '' for no flags")
+    unknown = ", ".join(str(key) for key in value if key not in fields)
+    missing = ", ".join(key for key in fields if key in needed and key not in value)
+    if unknown or missing:
+        wrong = f"has no {missing}" if missing else f"has {unknown}, which is unknown"
+        raise UserError(f"{where} {wrong}: give {', '.join(fields)}")
+    return checked(value, fields, where)
+
+
+def _points(name: str, defence: Mapping) -> list[Point]:
+    if "vary" not in defence:
+        return [Point(name, None, defence["flags"])]
+    return [Point(name, strength, f"{defence['flags']} {defence['vary']} {strength}") for strength in defence["values"]]

@@ -41,7 +41,9 @@ class Runner:
         self.stopped = False
         self.turns: dict[str, threading.Lock] = {}  # a command that is asked for twice runs once
         lines = read_lines(self.file) if self.file.exists() else []
-        self.done = {line["command"]: line for line in lines if not _FINISHED(line) and _still_there(line)}
+        # Paths are relative to the folder, which may be moved.
+        there = (line for line in lines if not _FINISHED(line) and (folder / (line["path"] or "")).exists())
+        self.done = {line["command"]: line for line in there}
 
     def __enter__(self) -> "Runner":
         self.folder_lock = lock(self.file.parent)
@@ -69,7 +71,7 @@ class Runner:
 
     def checkpoint(self, *words: str) -> str:
         """The path of the checkpoint that a script makes. UserError when it fails."""
-        return self._run(words, "path")
+        return os.path.normpath(self.file.parent / self._run(words, "path"))
 
     def rows(self, *words: str) -> list[dict]:
         """The rows that a script writes, at least one. UserError when it fails."""
@@ -80,16 +82,16 @@ class Runner:
         words = [*words, "--resume"]
         command = shlex.join(words)
         with self.turns.setdefault(command, threading.Lock()):
-            if command not in self.done:
+            if not self.done.get(command, {}).get(wanted):
                 code, out, err = self._call(words, command)
                 _check_code(command, code, err.strip() or out.strip())
-                self.done[command] = {"command": command, "path": _path_in(out), "rows": self._rows_of(words, out)}
+                entry = {"command": command, "path": self._path_in(out), "rows": self._rows_of(words, out)}
+                if not entry[wanted]:
+                    raise UserError(f"`python {command}` {_MISSING[wanted]}")
+                self.done[command] = entry
                 with self.lock:
-                    add_line(self.file, self.done[command])
-        if not self.done[command][wanted]:
-            missing = "named no checkpoint" if wanted == "path" else "wrote no row"
-            raise UserError(f"`python {command}` {missing}: delete {self.file.parent} to begin anew")
-        return self.done[command][wanted]
+                    add_line(self.file, entry)
+            return self.done[command][wanted]
 
     def _call(self, words: Sequence[str], command: str) -> tuple[int, str, str]:
         """The exit code of a script, and what it printed. A run that goes on keeps its number of threads."""
@@ -108,6 +110,11 @@ class Runner:
                 raise CancelledError
         return child.returncode, out, err
 
+    def _path_in(self, output: str) -> str | None:
+        """The checkpoint that a script's output names, as seen from the folder."""
+        named = re.findall(r"^(?:victim|copy): (.+\.pth\.tar)$", output, re.MULTILINE)
+        return os.path.relpath(HERE / named[-1], self.file.parent) if named else None
+
     def _rows_of(self, words: Sequence[str], output: str) -> list[dict]:
         """The rows that a command wrote, or the run that it says is finished."""
         results = self.root / "results.jsonl"
@@ -124,6 +131,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_MISSING = {"path": "named no checkpoint", "rows": "wrote no row"}
 # A line of done.jsonl; others are left out, and their scripts run again.
 _FINISHED = record(command=text(), path=optional(text()), rows=list_of(table()))
 
@@ -137,16 +145,6 @@ def _check_code(command: str, code: int, printed: str) -> None:
     if code:
         said = printed.splitlines()[-1].removeprefix("error: ") if printed else f"exit code {code}"
         raise UserError(f"`python {command}` failed: {said}")
-
-
-def _still_there(line: Mapping) -> bool:
-    return line["path"] is None or Path(line["path"]).exists()
-
-
-def _path_in(output: str) -> str | None:
-    """The checkpoint that a script's output names."""
-    named = re.findall(r"^(?:victim|copy): (.+\.pth\.tar)$", output, re.MULTILINE)
-    return str(HERE / named[-1]) if named else None
 
 
 def run_all(experiment: Experiment, runner: Runner) -> list[dict]:

@@ -93,7 +93,7 @@ def _check_host(place: Place) -> None:
     try:
         socket.getaddrinfo(place.address, place.port)
     except (OSError, UnicodeError) as error:
-        raise Misplaced(f"no host {place.address!r}, where rank 0 should listen: {error}") from None
+        raise Misplaced(f"no host {place.address!r}: correct MASTER_ADDR or --dist-url: {error}") from None
 
 
 def _wait_for_listener(place: Place) -> None:

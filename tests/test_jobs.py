@@ -106,7 +106,7 @@ def test_a_host_that_is_not_there_is_said_at_once(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "no host")
-    with pytest.raises(UserError, match="no host 'no host', where rank 0 should listen"):
+    with pytest.raises(UserError, match="no host 'no host': correct MASTER_ADDR or --dist-url"):
         set_up_job(Processes())
 
 

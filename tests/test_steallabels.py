@@ -85,8 +85,8 @@ def test_refusals(refused, trained, tmp_path):
 
 
 def test_a_test_set_of_more_classes_than_the_victim_has_is_refused(refused, trained, tmp_path, data):
-    images = np.zeros((8, 32, 32, 3), np.uint8)
-    np.savez(tmp_path / "many.npz", x_train=images, y_train=range(8), x_test=images, y_test=range(20, 28))
+    images = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "many.npz", x_train=images[:12], y_train=range(12), x_test=images[12:], y_test=range(12))
     classifier = next(tmp_path.rglob("linear-mnist*/checkpoint.pth.tar"))
     test = ("--dataset-test", f"npz:{tmp_path / 'many.npz'}", "--classifier", classifier)
     assert "has more classes than the victim's 10" in refused(steallabels, *STEAL, *test)

@@ -91,15 +91,15 @@ def queries_in(checkpoint: dict) -> int | None:
 
 
 def check(job: Job, rows: list[dict]) -> list[dict]:
-    """Note what is missing of a job; the rows that are its own."""
+    """Note what is missing of a job; returns its rows."""
     kind = job.name.split()[0]
     if kind == "cancelled":
         job.ask(job.state == "CANCELLED" and job.restarts == 0, f"is {job.state} after {job.restarts} restarts")
         return []
     if kind == "judged":
-        own = [row for row in rows if row["model"] == "victim"]
-        job.ask(job.state == "COMPLETED" and len(own) == 1, f"ended as {job.state} with {len(own)} rows")
-        return own
+        found = [row for row in rows if row["model"] == "victim"]
+        job.ask(job.state == "COMPLETED" and len(found) == 1, f"ended as {job.state} with {len(found)} rows")
+        return found
     job.checkpoint = find_checkpoint(job)
     job.ask_whole()
     settings = job.checkpoint.get("settings", {})
@@ -113,9 +113,9 @@ def check(job: Job, rows: list[dict]) -> list[dict]:
     if kind not in ("array", "imagenet"):
         return []
     cell = [settings.get(name) for name in ("losstype", "num_queries", "seed")]
-    own = [row for row in rows if [row["losstype"], row["queries"], row["seed"]] == cell and row["model"] == "stolen"]
-    job.ask(len(own) == 1, f"{len(own)} rows of {cell} in results.jsonl")
-    return own
+    found = [row for row in rows if [row["losstype"], row["queries"], row["seed"]] == cell and row["model"] == "stolen"]
+    job.ask(len(found) == 1, f"{len(found)} rows of {cell} in results.jsonl")
+    return found
 
 
 def show(jobs: dict[str, Job], rows: dict[str, list[dict]]) -> None:
@@ -124,7 +124,7 @@ def show(jobs: dict[str, Job], rows: dict[str, list[dict]]) -> None:
     head = ("job", "name", "run", "state", "preempted", "restarts", "resumed after", "epochs", "queries", "top1")
     print(line.format(*head).rstrip())
     for number, job in jobs.items():
-        settings, own = job.checkpoint.get("settings", {}), rows[number]
+        settings, found = job.checkpoint.get("settings", {}), rows[number]
         run = [settings.get("losstype"), settings.get("num_queries") or "victim", f"seed {settings.get('seed')}"]
         print(
             line.format(
@@ -136,8 +136,8 @@ def show(jobs: dict[str, Job], rows: dict[str, list[dict]]) -> None:
                 job.restarts or "",
                 "; ".join(where.removeprefix("after ") for where in job.resumes),
                 f"{job.checkpoint['epoch']}/{job.wanted}" if job.checkpoint else "",
-                own[0]["queries"] if own else queries_in(job.checkpoint) or "",
-                f"{own[0].get('top1_converged', own[0]['top1']):.1f}" if own else "",
+                found[0]["queries"] if found else queries_in(job.checkpoint) or "",
+                f"{found[0].get('top1_converged', found[0]['top1']):.1f}" if found else "",
             ).rstrip()
         )
 
@@ -147,8 +147,8 @@ def judge(folder: Path) -> int:
     jobs = read_jobs(folder)
     results = folder / "checkpoints" / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    own = {number: check(job, rows) for number, job in jobs.items()}
-    show(jobs, own)
+    found = {number: check(job, rows) for number, job in jobs.items()}
+    show(jobs, found)
     missing = [text for job in jobs.values() for text in job.missing]
     kinds = Counter(job.name.split()[0] for job in jobs.values())
     cells = 1

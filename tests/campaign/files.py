@@ -75,7 +75,7 @@ READERS = {
     "config.yml": Reader("runs.py", "checkpoints/victim-1/config.yml", texts.YAML, _nothing),
     "results.jsonl": Reader("runs.py", "checkpoints/results.jsonl", texts.LINES, _printed),
     "metrics.jsonl": Reader(f"{LINEAR} --resume", "{linear}/metrics.jsonl", texts.LINES, _printed),
-    "done.jsonl": Reader("reproduce.py small.yaml", "results/small/done.jsonl", texts.LINES, _table),
+    "done.jsonl": Reader("reproduce.py small.yaml", "results/small/done.jsonl", texts.LINES, _table, seconds=60),
     "experiment": Reader("reproduce.py strange.yaml", "strange.yaml", texts.EXPERIMENTS, _nothing),
     "npz": Reader(f"{_RANDOM} npz:strange.npz", "strange.npz", pictures.ARRAYS, _row),
     "folder": Reader(f"{_RANDOM} folder:strange", "strange", pictures.PICTURES, _row),
