@@ -49,23 +49,22 @@ def _printable(words: str) -> str:
 
 def read_yaml(path: Path, what: str) -> dict:
     """A mapping from a file of YAML."""
-    with reading(path, what):
-        _check_file(path)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise UserError(f"{path} is not {what}: it has no keys")
-        if sum(1 for _, _ in zip(_values(content), range(MOST + 1), strict=False)) > MOST:
-            raise UserError(f"{path} is not {what}: it has more than {MOST:,} values")
-        return content
+    return _read(path, what, yaml.safe_load)
 
 
 def read_json(path: Path, what: str) -> dict:
     """A mapping from a file of JSON."""
+    return _read(path, what, json.loads)
+
+
+def _read(path: Path, what: str, parse: Callable[[str], Any]) -> dict:
     with reading(path, what):
         _check_file(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise UserError(f"{path} is not {what}, but holds a {type(content).__name__}")
+            raise UserError(f"{path} is not {what}: it has no keys, but holds a {type(content).__name__}")
+        if sum(1 for _, _ in zip(_values(content), range(MOST + 1), strict=False)) > MOST:
+            raise UserError(f"{path} is not {what}: it has more than {MOST:,} values")
         return content
 
 

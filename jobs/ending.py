@@ -29,8 +29,8 @@ LOOK_EVERY = 0.5  # seconds between looks at the job's store
 SILENT_FOR = 30.0  # seconds without a sign of life after which a process counts as dead
 
 
-class Stopped(Exception):
-    """The job was told to stop and has saved what it needs to go on."""
+class Stopped(BaseException):
+    """The job was told to stop and has saved what it needs to go on. What catches every `Exception` lets it pass."""
 
 
 class Misplaced(UserError):

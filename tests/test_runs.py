@@ -165,6 +165,22 @@ def test_a_checkpoint_that_is_gone_on_from_says_what_differs(tmp_path, capsys):
     assert "checkpoint.pth.tar is of epochs 1, lr 0.0003\n" in capsys.readouterr().out
 
 
+def test_a_resumed_run_keeps_its_threads_unless_told(tmp_path, capsys):
+    """Their number changes the last digits of the weights."""
+    line = [word for word in TINY if word not in ("--workers", "1")] + ["-b", "32", "--epochs", "1"]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        call_main(run, tmp_path, tmp_path, *line, "--workers", "1")
+        for more, expected in (([], 1), (["--workers", "2"], 2)):
+            torch.set_num_threads(2)
+            assert call_main(run, tmp_path, tmp_path, *line, *more, "--resume") == 0
+            assert torch.get_num_threads() == expected
+            assert ("--resume: 1 CPU threads, as before" in capsys.readouterr().out) is (expected == 1)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_events_of_several_runs_lie_apart(tmp_path):
     for seed in ("0", "1", "1"):
         call_main(run, tmp_path, tmp_path, *TINY, "--seed", seed, "--logdir", tmp_path / "tb")
@@ -198,6 +214,17 @@ def test_the_run_that_fits_is_taken_and_named(make_run, find, capsys):
     assert find(wanted={"defence": "noise"}) == second
     assert find(wanted={"defence": None, "repeat": False}) == first  # what was not in force is off
     assert find(besides=second) == first
+
+
+def test_data_are_the_same_however_their_path_is_spelled(make_run, find, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    earlier = make_run("a", dataset="npz:own.npz")  # as it was written until 2026
+    other = make_run("b", dataset=f"npz:{tmp_path / 'other.npz'}")
+    for path in ("own.npz", "./own.npz", str(tmp_path / "own.npz"), "link/own.npz", "link/../own.npz"):
+        assert find(wanted={"dataset": run.parse(["--dataset", f"npz:{path}"]).dataset}) == earlier
+    assert find(wanted={"dataset": "npz:link/other.npz"}) == other
+    assert name_of("--dataset", "npz:own.npz") == name_of("--dataset", "npz:link/./own.npz")
 
 
 def test_several_that_fit_are_listed_with_what_differs_and_chosen_by_number(make_run, find):
@@ -241,6 +268,14 @@ def test_home_of_a_file_from_elsewhere_is_named_by_its_content(make_run, tmp_pat
         homes.add(home_of(path, tmp_path / "runs").name)
     assert len(homes) == 2
     assert all(re.fullmatch(r"model-[0-9a-f]{8}", home) for home in homes)
+
+
+def test_a_folder_in_which_nobody_may_write_is_no_home(make_run, tmp_path, monkeypatch):
+    path = make_run("a-victim")
+    monkeypatch.setattr("os.access", lambda place, mode: place != path.parent)  # root may write everywhere
+    home = home_of(path, tmp_path / "mine")
+    assert home.parent == tmp_path / "mine"
+    assert re.fullmatch(r"a-victim-[0-9a-f]{8}", home.name)
 
 
 def test_the_home_of_a_folder_follows_its_content(tmp_path):
