@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_gone_on_from_says_what_differs(tmp_path, capsys):
 
 def test_a_resumed_run_keeps_its_threads_unless_told(tmp_path, capsys):
     """Their number changes the last digits of the weights."""
-    line = [word for word in TINY if word not in ("--workers", "1")] + ["-b", "32", "--epochs", "1"]
+    line = TINY[: TINY.index("--workers")]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -221,7 +221,7 @@ def test_data_are_the_same_however_their_path_is_spelled(make_run, find, tmp_pat
     monkeypatch.chdir(tmp_path)
     earlier = make_run("a", dataset="npz:own.npz")  # as it was written until 2026
     other = make_run("b", dataset=f"npz:{tmp_path / 'other.npz'}")
-    for path in ("own.npz", "./own.npz", str(tmp_path / "own.npz"), "link/own.npz", "link/../own.npz"):
+    for path in ("own.npz", "./own.npz", str(tmp_path / "own.npz"), "link/own.npz"):
         assert find(wanted={"dataset": run.parse(["--dataset", f"npz:{path}"]).dataset}) == earlier
     assert find(wanted={"dataset": "npz:link/other.npz"}) == other
     assert name_of("--dataset", "npz:own.npz") == name_of("--dataset", "npz:link/./own.npz")
