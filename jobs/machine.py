@@ -81,7 +81,7 @@ def set_up(command: Command) -> tuple[Machine, Precision]:
     machine = _in_force(command, Machine)
     place = set_up_job(_in_force(command, Processes)) if Processes in command.parser.owners else refuse_several()
     if place:
-        _check_flags(command, place.rank)
+        check_flags(command, place.rank)
     machine = _settle_precision(command, machine)
     if "gpu_index" in command.given:
         reason = command.why_idle("gpu_index") if machine.gpu_index else None
@@ -106,7 +106,7 @@ def set_up(command: Command) -> tuple[Machine, Precision]:
     return machine, Precision.choose(machine.precision, device)
 
 
-def _check_flags(command: Command, rank: int) -> None:
+def check_flags(command: Command, rank: int) -> None:
     """UserError that names a flag which this process of the job has otherwise than rank 0."""
     mine = {name: str(value) for name, value in command.given.items() if name not in ("rank", "gpu_index", "dist_url")}
     given = [None] * dist.get_world_size()

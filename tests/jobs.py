@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loss
+import run
 from jobs.ending import script
 from jobs.exchange import any_of, gather, parallel, processes, share, whole_batch
+from jobs.machine import check_flags
 from jobs.meeting import set_up_job
 from jobs.place import Processes
 from utils import UserError, seeded
@@ -163,6 +165,12 @@ def fail_in_one(rank: int, how: str) -> None:
 
 def fail_in_all() -> None:
     raise UserError("everybody sees bees")
+
+
+def start_with_flags(*lines: str) -> None:
+    """Each process with its command line of run.py."""
+    check_flags(run.parse(lines[dist.get_rank()].split()), dist.get_rank())
+    dist.barrier()
 
 
 def leave_early(rank: int) -> None:

@@ -42,6 +42,20 @@ def test_what_all_processes_find_is_said_once(capfd):
     assert err == "error: everybody sees bees\n"
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (("--epochs 3 --rank 0", "--epochs 3 --rank 1"), ""),
+        (("--epochs 3", "--epochs 4"), "--epochs is 3 in process 0 of the job, 4 in process 1"),
+        (("--epochs 3", "--epochs 3 --lr 0.1"), "--lr is left out in process 0 of the job, 0.1 in process 1"),
+    ],
+)
+def test_processes_with_different_flags_are_told(lines, said, capfd):
+    codes, err, _ = ends_of(2, jobs.start_with_flags, *lines, capfd=capfd)
+    assert codes == ([2, 2] if said else [0, 0])
+    assert err == (f"error: {said}: give all the same flags\n" if said else "")
+
+
 def test_a_bug_in_one_process_shows_its_traceback_once(capfd):
     codes, err, _ = ends_of(2, jobs.fail_in_one, 1, "bug", capfd=capfd)
     assert codes == [1, 1]
