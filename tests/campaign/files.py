@@ -18,7 +18,7 @@ import torch
 from data_aug.shapes import make_shapes, make_textures
 from tests.campaign import checkpoints, pictures, texts
 from tests.campaign.forked import Ended, call
-from tests.campaign.kills import EXPERIMENT, MACHINE, checked_call, made, write_npz
+from tests.campaign.kills import EXPERIMENT, MACHINE, checked_call, made, placed, write_npz
 
 ADDRESS_SPACE, MEMORY = 6144, 2048  # MiB that a script may reserve, and use
 JUDGE = f"--dataset-test npz:shapes.npz -n 60 --num-test 60 --probe knn {MACHINE}"
@@ -134,7 +134,7 @@ def _good(work: Path, reader: str) -> None:
     folder = _folder(work, reader, f"good {reader}")
     figures = None
     if reader != "experiment":
-        ended = call(READERS[reader].line.split(), folder, limit=60)
+        ended = call(placed(READERS[reader].line, work).split(), folder, limit=60)
         if ended.code != 0:  # its trials then say that the figures are other ones
             print(f"{reader}: a good file: exit code {ended.code}: {ended.last}", file=sys.stderr)
         else:
@@ -156,7 +156,7 @@ def trial(work: Path, number: int, draws: random.Random) -> tuple[str, str | Non
         must, make = reader.kinds[kind]
         said = make(folder / _file(work / "base", name), draws)
         before = _listing(folder)
-        ended = call(reader.line.split(), folder, limit=reader.seconds, memory=ADDRESS_SPACE)
+        ended = call(placed(reader.line, work).split(), folder, limit=reader.seconds, memory=ADDRESS_SPACE)
         good = json.loads((work / f"good {name}.json").read_text())
         wrong = _wrong(reader, folder, ended, must, good, before)
     except Exception:

@@ -7,6 +7,7 @@ between two files that belong together.
 import functools
 import json
 import random
+import re
 import shutil
 import signal
 from collections import Counter
@@ -103,14 +104,14 @@ def write_npz(path: Path, make: Callable, train: int, test: int) -> None:
     np.savez(path, **arrays)
 
 
-def words_of(line: str, work: Path) -> list[str]:
-    """The words of a command whose data are those of the prepared folder: a run's name has a digest of their path."""
-    return line.replace("npz:", f"npz:{work / 'base'}/").split()
+def placed(line: str, work: Path) -> str:
+    """A command whose data are those of the prepared folder: a run's name has a digest of their path."""
+    return re.sub(r"npz:(shapes|textures)\.npz", rf"npz:{work / 'base'}/\1.npz", line)
 
 
 def checked_call(line: str, base: Path) -> Ended:
     """A command that has to work in the prepared folder: trials are made of what it leaves."""
-    ended = call(words_of(line, base.parent), base, limit=150)
+    ended = call(placed(line, base.parent).split(), base, limit=150)
     assert ended.code == 0, f"{line}: exit code {ended.code}: {ended.last}"
     return ended
 
@@ -165,7 +166,7 @@ def fresh(work: Path, name: str) -> Path:
 def reference(work: Path, scenario: Scenario) -> None:
     """An undisturbed run of a scenario, and what it took."""
     folder = fresh(work, _whole(scenario))
-    words = words_of(scenario.line.format(**json.loads((work / "names.json").read_text())), work)
+    words = placed(scenario.line.format(**json.loads((work / "names.json").read_text())), work).split()
     ended = call(words, folder, limit=150)
     taken = {"code": ended.code, "last": ended.last, "seconds": ended.seconds, "writes": ended.writes}
     (work / f"{_whole(scenario)}.json").write_text(json.dumps(taken))
@@ -185,7 +186,7 @@ def trial(work: Path, number: int, draws: random.Random) -> tuple[str, str | Non
     if whole["code"] != 0:
         return f"{scenario.name}, undisturbed", f"exit code {whole['code']}: {whole['last']}"
     folder = fresh(work, f"kill {number}")  # a space in its path
-    line = words_of(scenario.line.format(**json.loads((work / "names.json").read_text())), work)
+    line = placed(scenario.line.format(**json.loads((work / "names.json").read_text())), work).split()
     stops = [_draw_stop(draws, whole) for _ in range(draws.choice((1, 1, 2)))]
     tried = f"{scenario.name}: {', '.join(map(str, stops))}"
     ends = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from data_aug.shapes import make_shapes, make_textures
 from settings import Setting
 from tests.campaign.forked import Ended, call
-from tests.campaign.kills import EXPERIMENT, MACHINE, SHAPES, checked_call, made, write_npz
+from tests.campaign.kills import EXPERIMENT, MACHINE, SHAPES, checked_call, made, placed, write_npz
 
 WITH_PARSERS = ("run", "steal", "linear_eval", "legitimate", "stealhead", "steallabels")
 WITH_PARSERS = (*WITH_PARSERS, "verify", "detect", "stealsimsiam", "linsimsiam")
@@ -171,7 +171,7 @@ def trial(work: Path, number: int, draws: random.Random) -> tuple[str, str | Non
     folder = work / f"line-{number}"
     shutil.copytree(work / "base", folder)
     names = json.loads((work / "names.json").read_text())
-    words = shlex.split(line.format(**names))
+    words = shlex.split(placed(line, work).format(**names))
     variables = dict(word.split("=", 1) for word in words[: next(n for n, word in enumerate(words) if "=" not in word)])
     before = _listing(folder)
     ended = call(words[len(variables) :], folder, limit=SECONDS, memory=MEMORY, variables=variables)
