@@ -124,7 +124,7 @@ class Client:
                 "brought back to where it was: restore the images, or leave out --resume to pay anew"
             )
         budget = self.victim.budget
-        room = len(missing) if budget is None else budget - self.victim.ledger.queries
+        room = len(missing) if budget is None else max(0, budget - self.victim.ledger.queries)
         if len(missing) - room > self.lost:
             raise UserError(
                 f"{len(missing)} of the images were not asked about before the attack was stopped, and its budget has "

@@ -97,13 +97,14 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
 
 
 # What torch says of sizes that cannot be had.
+# Whole phrases: an error that is no lack of memory has to keep its traceback.
 _TOO_LARGE = (
     "can't allocate memory",
     "not enough memory",
-    "size calculation overflow",
+    "Storage size calculation overflow",
     "integer multiplication overflow",
+    "could not create a memory object",
 )
-_TOO_LARGE += ("Storage size", "too large", "Invalid buffer size", "could not create a memory object")
 
 
 def _is_too_large(error: BaseException) -> bool:
@@ -178,8 +179,9 @@ def _listening() -> Iterator[None]:
     owner = os.getpid()
 
     def receive(number: int, frame: object) -> None:
+        # A DataLoader's worker leaves it to its parent, which has the signal too. A script that ends, ends.
         if os.getpid() != owner or _Signals.ending:
-            return  # a DataLoader's worker: its parent has the signal too, and decides when the worker ends
+            return
         if _Signals.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         _Signals.received = signal.Signals(number).name

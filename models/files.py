@@ -187,7 +187,8 @@ def _check_zip(path: Path) -> None:
         names = [entry.filename for entry in entries]
         if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
             raise UserError(
-                f"{path} is a TorchScript program, not weights alone: torch.save(torch.jit.load(OLD).state_dict(), NEW)"
+                f"{path} is a TorchScript program, and code in files is never run: where it was made, save its weights "
+                f"alone: torch.save(torch.jit.load(OLD).state_dict(), NEW)"
             )
         if any(name.endswith("archive_format") for name in names):
             raise UserError(f"{path} is a program by torch.export, not weights alone: {_SAVE_STATE}")

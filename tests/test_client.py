@@ -327,6 +327,16 @@ def test_other_images_are_asked_about_anew_or_refused(encoder, images, tmp_path)
         ask(Client(remembering, tmp_path / "other"), 255 - images)
 
 
+def test_a_smaller_budget_than_what_was_asked_asks_nothing(encoder, images, tmp_path):
+    Client(Victim(encoder), tmp_path / "kept").ask(Stored(images), torch.arange(12))
+    shutil.copy(tmp_path / "kept", tmp_path / "other")
+    victim = Killing(encoder, calls=100, budget=5)
+    torch.testing.assert_close(ask(Client(victim, tmp_path / "kept"), images), Victim(encoder).query(images))
+    with pytest.raises(UserError, match=r"12 of the images were not asked about .* has 0 queries left"):
+        ask(Client(victim, tmp_path / "other"), 255 - images)
+    assert victim.sent == 0
+
+
 def test_a_call_that_is_refused_leaves_no_record(encoder, images, tmp_path):
     client = Client(Victim(encoder, budget=7), tmp_path / "kept", batch_size=5)
     with pytest.raises(BudgetExceeded):

@@ -257,6 +257,7 @@ def test_a_files_own_size_and_normalisation_come_first(name, tmp_path):
 
 def test_the_pages_example_of_a_further_layout_works(monkeypatch):
     line = re.search(r"^```python\n(Layout\(.*\))\n```", (ROOT / "docs" / "checkpoints.md").read_text(), re.MULTILINE)
+    # The page's own text, from this repository: running it as printed is the point.
     row = eval(line[1], {"Layout": Layout, "IMAGENET": IMAGENET})
     monkeypatch.setattr("models.checkpoint.LAYOUTS", (*LAYOUTS, row))
     whole = parts(cnn=with_fc(torch_resnet(), nn.Linear(512, 10)), projection=nn.Linear(512, 8))

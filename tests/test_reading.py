@@ -178,7 +178,10 @@ STRANGE = {
     "npz": (numpy_bytes(numpy.savez), "has arrays of NumPy"),
     "npy": (numpy_bytes(numpy.save), "is an array of NumPy"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is of HDF5, as Keras writes"),
-    "script": (scripted(), "is a TorchScript program, not weights alone: torch.save(torch.jit.load(OLD).state_dict()"),
+    "script": (
+        scripted(),
+        "is a TorchScript program, and code in files is never run: where it was made, save its weights alone",
+    ),
     "module": (
         saved(nn.Conv2d(3, 4, 3)),
         f"is a pickled module (it needs torch.nn.modules.conv.Conv2d), .*{SAVE_STATE}",

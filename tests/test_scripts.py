@@ -198,6 +198,7 @@ def test_queries_from_any_file_or_folder(call, trained, tmp_path):
 # ---- killed and resumed ----
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_give_the_uninterrupted_weights(data, tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), "-data", str(data), *TRAIN, "--epochs", "6", "--workers", "1"]
 

@@ -21,6 +21,16 @@ from utils import STOP_SIGNALS, UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """No signal is ignored, as SIGINT is in a shell's background jobs and SIGHUP under nohup."""
+    default = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in default.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def ends_of(processes, work, *arguments, capfd):
     """Exit codes, what was printed as errors, and how long it took after the processes were up."""
     capfd.readouterr()
@@ -45,8 +55,10 @@ def test_what_all_processes_find_is_said_once(capfd):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (("--epochs 3 --rank 0", "--epochs 3 --rank 1"), ""),
-        (("--epochs 3", "--epochs 4"), "--epochs is 3 in process 0 of the job, 4 in process 1"),
+        pytest.param(("--epochs 3 --rank 0", "--epochs 3 --rank 1"), "", marks=pytest.mark.slow),
+        pytest.param(
+            ("-b 3", "-b 4"), "--batch-size is 3 in process 0 of the job, 4 in process 1", marks=pytest.mark.slow
+        ),
         (("--epochs 3", "--epochs 3 --lr 0.1"), "--lr is left out in process 0 of the job, 0.1 in process 1"),
     ],
 )
@@ -63,7 +75,7 @@ def test_a_bug_in_one_process_shows_its_traceback_once(capfd):
     assert err.endswith("ZeroDivisionError: bees\n")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_takes_the_others_with_it(rank, capfd, monkeypatch):
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as jobs.early does for scripts
     codes, err, _ = ends_of(2, jobs.fail_in_one, rank, "kill", capfd=capfd)
@@ -73,7 +85,7 @@ def test_a_process_that_is_killed_takes_the_others_with_it(rank, capfd, monkeypa
     assert err.count("\n") == 1  # nothing of C++'s stack
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_done_waits_for_the_others(rank, capfd):
     codes, err, _ = ends_of(2, jobs.leave_early, rank, capfd=capfd)
     assert (codes, err) == ([0, 0], "")
@@ -302,7 +314,10 @@ def test_another_pipe_that_breaks_is_an_error(capsys):
     assert "Broken pipe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("fails", "code", "text"), [(False, UNREAD, ""), (True, 2, "error: bees\n")])
+@pytest.mark.parametrize(
+    ("fails", "code", "text"),
+    [(False, UNREAD, ""), pytest.param(True, 2, "error: bees\n", marks=pytest.mark.slow)],
+)
 def test_a_closed_pipe_ends_all_processes_of_a_job(fails, code, text, capfd):
     codes, err, _ = ends_of(2, jobs.print_to_nobody, fails, capfd=capfd)
     assert codes == [code, code]
@@ -358,7 +373,8 @@ def test_a_run_whose_output_nobody_reads_any_more_saves(tmp_path, write_npz):
     assert "begun" in saved
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(processes, tmp_path, write_npz):
     """A signal to one of its processes after the first epoch; the weights are those of an undisturbed run."""
     write_npz(train=64, test=8)

@@ -64,7 +64,9 @@ def in_another_process(code, *arguments):
 
 def test_a_folder_has_one_writer(tmp_path):
     """Until the process ends, however it does; a process it forked does not keep the folder."""
-    code = "from files.writing import lock; import os, time; lock(Path(sys.argv[1])); os.fork(); print(1, flush=True)"
+    code = (
+        "from files.writing import lock; import os, time; lock(Path(sys.argv[1])); os.fork() and print(1, flush=True)"
+    )
     other = in_another_process(f"{code}; time.sleep(60)", tmp_path)
     assert other.stdout.readline() == "1\n"
     with pytest.raises(UserError, match="another process writes in"):
