@@ -1,11 +1,11 @@
-"""Time of random SimCLR views: this project, kornia (where it is installed) and torchvision on PIL images.
+"""Time of random views: this project's recipes, and SimCLR's by kornia (where it is installed) and torchvision on PIL.
 
     python -m benchmarks.augment [--images 512] [--size 32] [--rounds 15] [--device cuda]
 
-This project is measured as a step of training uses it (rows of an epoch's table that is on the device already) and with
-the draws; the table of an epoch of 100,000 views is measured separately. The project does not need kornia: `pip install
---no-deps --target DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run. Set OMP_NUM_THREADS=1 on a shared machine:
-threads that wait for a busy core make every implementation many times slower.
+This project is measured as a step of training uses it (rows of an epoch's table that is on the device already), and for
+SimCLR's views also with the draws; the table of an epoch of 100,000 views is measured separately. The project does not
+need kornia: `pip install --no-deps --target DIR kornia kornia_rs` and PYTHONPATH=DIR add it for a run. Set
+OMP_NUM_THREADS=1 on a shared machine: threads that wait for a busy core make every implementation many times slower.
 """
 
 import statistics
@@ -18,6 +18,7 @@ from torchvision.transforms import functional as TF
 
 from benchmarks import timings
 from data_aug import augment, operations
+from data_aug.recipes import VIEW_RECIPES
 from settings import Parser, Settings, setting
 
 try:
@@ -27,7 +28,8 @@ except ImportError:
     kornia = None
 
 EPOCH = 100_000  # views: two of each image of CIFAR-10
-JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+SIMCLR = VIEW_RECIPES["simclr"]
+JITTER = dict(zip(("brightness", "contrast", "saturation", "hue"), SIMCLR.jitter, strict=True))
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ def pil_views(size: int) -> Callable:
     kernel = 2 * operations.blur_radius(size) + 1
     view = transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, augment.CROP_AREA, augment.CROP_RATIO),
-            transforms.RandomHorizontalFlip(0.5),
-            transforms.RandomApply([transforms.ColorJitter(**JITTER)], 0.8),
-            transforms.RandomGrayscale(0.2),
-            transforms.GaussianBlur(kernel, augment.BLUR_SIGMA),
+            transforms.RandomResizedCrop(size, SIMCLR.crop_area, SIMCLR.crop_ratio),
+            transforms.RandomHorizontalFlip(SIMCLR.flip_rate),
+            transforms.RandomApply([transforms.ColorJitter(**JITTER)], SIMCLR.jitter_rate),
+            transforms.RandomGrayscale(SIMCLR.grey_rate),
+            transforms.GaussianBlur(kernel, SIMCLR.blur_sigma),
             transforms.ToTensor(),
         ]
     )
@@ -59,11 +61,11 @@ def kornia_views(size: int) -> Callable:
     """A draw per image, except that kornia draws the order of the colour operations once for the batch."""
     kernel = 2 * operations.blur_radius(size) + 1
     view = torch.nn.Sequential(
-        kornia_augment.RandomResizedCrop((size, size), augment.CROP_AREA, augment.CROP_RATIO, align_corners=False),
-        kornia_augment.RandomHorizontalFlip(p=0.5),
-        kornia_augment.ColorJitter(**JITTER, p=0.8),
-        kornia_augment.RandomGrayscale(p=0.2),
-        kornia_augment.RandomGaussianBlur((kernel, kernel), augment.BLUR_SIGMA, p=1.0),
+        kornia_augment.RandomResizedCrop((size, size), SIMCLR.crop_area, SIMCLR.crop_ratio, align_corners=False),
+        kornia_augment.RandomHorizontalFlip(p=SIMCLR.flip_rate),
+        kornia_augment.ColorJitter(**JITTER, p=SIMCLR.jitter_rate),
+        kornia_augment.RandomGrayscale(p=SIMCLR.grey_rate),
+        kornia_augment.RandomGaussianBlur((kernel, kernel), SIMCLR.blur_sigma, p=1.0),
     )
     return lambda images: view(images.float() / 255)
 
@@ -76,14 +78,14 @@ def main() -> None:
     smooth = torch.nn.functional.interpolate(small, (size, size), mode="bicubic")
     images = (smooth.clamp(0, 1) * 255).to(torch.uint8)
     pictures, images = [TF.to_pil_image(image) for image in images], images.to(device)
-    table = augment.draw_views(EPOCH, size, size, size, draws).to(device)
     rows = torch.randint(0, EPOCH, (args.images,)).to(device)
+    tasks = {}
+    for name, recipe in VIEW_RECIPES.items():
+        table = augment.draw_views(EPOCH, size, size, size, draws, recipe).to(device)
+        tasks[name] = lambda table=table: augment.apply_views(images, table[rows])
     on_pil = pil_views(size)
-    tasks = {
-        "this project": lambda: augment.apply_views(images, table[rows]),
-        "with draws": lambda: augment.random_views(images, size, draws),
-        "PIL, 1 process": lambda: on_pil(pictures),
-    }
+    tasks["with draws"] = lambda: augment.random_views(images, size, draws)
+    tasks["PIL, 1 process"] = lambda: on_pil(pictures)
     if kornia:
         by_kornia = kornia_views(size)
         tasks[f"kornia {kornia.__version__}"] = lambda: by_kornia(images)
@@ -93,11 +95,11 @@ def main() -> None:
     seconds = timings(args.rounds, warm_up=2, **tasks)
     shape = f"{args.images} views of {size} x {size}"
     print(f"{shape}, {device}, {torch.get_num_threads()} CPU threads, {args.rounds} rounds")
-    print(f"{'':16}{'median ms':>12}{'fastest ms':>12}{'views/s':>12}{'time / first':>13}")
+    print(f"{'':16}{'median ms':>12}{'fastest ms':>12}{'views/s':>12}{'time / simclr':>14}")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
         figures = f"{1e3 * median:12.1f}{1e3 * min(seconds[name]):12.1f}{args.images / median:12.0f}"
-        print(f"{name:16}{figures}{median / medians['this project']:13.1f}")
+        print(f"{name:16}{figures}{median / medians['simclr']:14.1f}")
     (epoch,) = timings(5, epoch=lambda: augment.draw_views(EPOCH, size, size, size, draws)).values()
     print(f"the table of {EPOCH:,} views: {1e3 * statistics.median(epoch):.1f} ms")
 

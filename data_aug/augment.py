@@ -1,34 +1,42 @@
-"""Random SimCLR views of batches of images, made on the device that holds the images.
+"""Random views of batches of images, made on the device that holds the images.
 
-    table = draw_views(2 * len(images), 32, 32, 32, generator).to(device)  # for an epoch: a row per image and view
+    table = draw_views(2 * len(images), 32, 32, 32, generator, VIEW_RECIPES["mild"]).to(device)  # a row per image, view
     views = apply_views(batch.repeat(2, 1, 1, 1), table[rows_of(index, 2, len(images))])
 
-The pipeline is SimCLR's in torchvision (Chen et al. 2020, appendix A): random resized crop, horizontal flip, colour
-jitter with probability 0.8, grey with probability 0.2, Gaussian blur. It differs from torchvision on PIL images in one
-thing: values stay float32 between the steps, where PIL rounds to 8 bits.
+The operations are torchvision's. Which of them a view gets is said by a recipe of `recipes`, by default SimCLR's.
+Values stay float32 between the steps, where PIL reduces them to 8 bits.
 
 Draws are made on the CPU, so that a seed gives the same views on every device. Applying them on another device copies
 nothing to it, reads nothing back from it, and has no shapes that depend on the draws: it can go into a CUDA graph.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data_aug.operations import JITTER, blur_radius, crop_resize, gaussian_blur, per_image, to_grey
+from data_aug.operations import (
+    JITTER,
+    blur_radius,
+    crop_resize,
+    gaussian_blur,
+    per_image,
+    sample_affine,
+    shift_flip,
+    solarise,
+    to_grey,
+    turned,
+)
+from data_aug.randaugment import draw_operations, rand_augment
+from data_aug.recipes import VIEW_RECIPES, ViewRecipe
 
-CROP_AREA = (0.08, 1.0)  # of the area of the image
-CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+SIMCLR = VIEW_RECIPES["simclr"]
 CROP_ATTEMPTS = 10
-FLIP_RATE, JITTER_RATE, GREY_RATE = 0.5, 0.8, 0.2
-# Bounds for brightness, contrast, saturation and hue, as the columns of ViewDraws.factors.
-JITTER_LOW, JITTER_HIGH = (0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2)
-BLUR_SIGMA = (0.1, 2.0)  # pixels of the view
+FLIP_RATE = 0.5
 # The CPU makes this many values at a time, so that they stay in its caches. Measured on one core in CPU time, 2^21
 # took 114 ms for 2048 views of 32 x 32 and 255 ms for 48 views of 224 x 224; all at once took 159 ms and 302 ms.
 CHUNK_VALUES = 1 << 21
@@ -37,11 +45,43 @@ CHUNK_VALUES = 1 << 21
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
-class _Table:
-    """Base of the tables of draws: dataclasses of tensors with one row per image and view."""
+@dataclass(frozen=True)
+class ViewDraws:
+    """The random choices for N views of a recipe, a row for each image and view; None for what the recipe leaves out.
+
+    boxes     (N, 4) int64, top, left, height, width in pixels of what becomes the view: a crop, or the whole image
+    flip      (N,)   bool, mirror left and right
+    jitter    (N,)   bool, change the colours
+    factors   (N, 4) float32, for brightness, contrast, saturation (1 = unchanged) and hue (turns, 0 = unchanged)
+    order     (N, 4) int64, a permutation of the columns of factors: the operation to apply first, second, ...
+    grey      (N,)   bool, remove the colours
+    sigma     (N,)   float32, standard deviation of the blur in pixels of the view
+    blur      (N,)   bool, blur; None for all views, if there is a sigma
+    solarise  (N,)   bool, invert the bright values
+    shift     (N, 2) int64, downwards and to the right: corner of the part that is kept, in pixels of the padded view
+    operations  (N, K) int64, the first to the K-th operation of RandAugment, in `randaugment.OPERATIONS`
+    values    (N, K) float32, what these are given
+    size      side of the square views in pixels
+    recipe    where the choices are from
+    """
+
+    boxes: Tensor
+    flip: Tensor | None
+    jitter: Tensor | None
+    factors: Tensor | None
+    order: Tensor | None
+    grey: Tensor | None
+    sigma: Tensor | None
+    blur: Tensor | None
+    solarise: Tensor | None
+    shift: Tensor | None
+    operations: Tensor | None
+    values: Tensor | None
+    size: int
+    recipe: ViewRecipe
 
     def __len__(self) -> int:
-        return len(self.flip)
+        return len(self.boxes)
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         """The table of some rows: a slice, or an index tensor on the table's device."""
@@ -56,31 +96,9 @@ class _Table:
         return type(self)(**{name: change(x) if isinstance(x, Tensor) else x for name, x in values.items()})
 
 
-@dataclass(frozen=True)
-class ViewDraws(_Table):
-    """The random choices for N views.
-
-    boxes   (N, 4) int64, top, left, height, width of the crop in pixels
-    flip    (N,)   bool, mirror left and right
-    jitter  (N,)   bool, change the colours
-    factors (N, 4) float32, for brightness, contrast, saturation (1 = unchanged) and hue (turns, 0 = unchanged)
-    order   (N, 4) int64, a permutation of the columns of factors: the operation to apply first, second, ...
-    grey    (N,)   bool, remove the colours
-    sigma   (N,)   float32, standard deviation of the blur in pixels of the view
-    size    side of the square views in pixels
-    """
-
-    boxes: Tensor
-    flip: Tensor
-    jitter: Tensor
-    factors: Tensor
-    order: Tensor
-    grey: Tensor
-    sigma: Tensor
-    size: int
-
-
-def draw_views(n: int, height: int, width: int, size: int, generator: torch.Generator) -> ViewDraws:
+def draw_views(
+    n: int, height: int, width: int, size: int, generator: torch.Generator, recipe: ViewRecipe = SIMCLR
+) -> ViewDraws:
     """Draw the choices for n views of height x width images, on the CPU; every box lies inside the images.
 
     generator: a CPU generator, the only source of randomness. A row depends on n, so a table is drawn whole. ValueError
@@ -93,26 +111,51 @@ def draw_views(n: int, height: int, width: int, size: int, generator: torch.Gene
         low, high = torch.as_tensor(low), torch.as_tensor(high)
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    return ViewDraws(
-        boxes=draw_boxes(n, height, width, generator),
-        flip=uniform(0.0, 1.0) < FLIP_RATE,
-        jitter=uniform(0.0, 1.0) < JITTER_RATE,
-        factors=uniform(JITTER_LOW, JITTER_HIGH, 4),
-        order=uniform(0.0, 1.0, 4).argsort(1),
-        grey=uniform(0.0, 1.0) < GREY_RATE,
-        sigma=uniform(*BLUR_SIGMA),
+    def switch(rate: float) -> Tensor | None:
+        return uniform(0.0, 1.0) < rate if rate else None
+
+    # The order of the draws is fixed: a seed's views depend on it.
+    jitter = recipe.jitter
+    low, high = _bounds(jitter) if jitter else (None, None)
+    draws = ViewDraws(
+        boxes=draw_boxes(n, height, width, generator, recipe),
+        shift=torch.randint(0, 2 * recipe.padding + 1, (2, n), generator=generator).T if recipe.padding else None,
+        flip=switch(recipe.flip_rate),
+        jitter=switch(recipe.jitter_rate) if jitter else None,
+        factors=uniform(low, high, 4) if jitter else None,
+        order=uniform(0.0, 1.0, 4).argsort(1) if jitter else None,
+        grey=switch(recipe.grey_rate),
+        sigma=uniform(*recipe.blur_sigma) if recipe.blur_rate else None,
+        blur=switch(recipe.blur_rate) if recipe.blur_rate < 1 else None,
+        solarise=switch(recipe.solarise_rate),
+        operations=None,
+        values=None,
         size=size,
+        recipe=recipe,
     )
+    if recipe.randaugment is None:
+        return draws
+    operations, values = draw_operations(n, *recipe.randaugment, size, generator)
+    return replace(draws, operations=operations, values=values)
 
 
-def draw_boxes(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+def _bounds(jitter: tuple[float, float, float, float]) -> tuple[list[float], list[float]]:
+    """Bounds of the columns of `ViewDraws.factors`, as in torchvision's ColorJitter."""
+    *strengths, hue = jitter
+    return [max(0.0, 1 - x) for x in strengths] + [-hue], [1 + x for x in strengths] + [hue]
+
+
+def draw_boxes(n: int, height: int, width: int, generator: torch.Generator, recipe: ViewRecipe = SIMCLR) -> Tensor:
     """Crop boxes (n, 4), distributed as those of torchvision's RandomResizedCrop.get_params; see `ViewDraws`."""
+    if recipe.crop_area is None:
+        return torch.tensor([0, 0, height, width]).repeat(n, 1)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator, dtype=torch.float64)
 
-    areas = height * width * uniform(*CROP_AREA, CROP_ATTEMPTS)
-    ratios = uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]), CROP_ATTEMPTS)
+    narrow, wide = recipe.crop_ratio
+    areas = height * width * uniform(*recipe.crop_area, CROP_ATTEMPTS)
+    ratios = uniform(math.log(narrow), math.log(wide), CROP_ATTEMPTS)
     limits = torch.tensor([height, width])
     chosen = torch.ones(n, 2, dtype=torch.int64)
     left = torch.arange(n)  # rows without a box that fits, few after the first attempt
@@ -125,28 +168,9 @@ def draw_boxes(n: int, height: int, width: int, generator: torch.Generator) -> T
     corner = (uniform(0.0, 1.0, 2) * (limits - chosen + 1)).long()
     boxes = torch.cat([corner, chosen], 1)
     # Where no attempt fits: the centre, as large as the aspect ratios allow.
-    sides = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
+    sides = min(height, round(width / narrow)), min(width, round(height * wide))
     boxes[left] = torch.tensor([(height - sides[0]) // 2, (width - sides[1]) // 2, *sides])
     return boxes
-
-
-@dataclass(frozen=True)
-class CropDraws(_Table):
-    """The random choices for N views of supervised training.
-
-    top, left (N,) int64, corner of the crop in pixels of the padded image
-    flip      (N,) bool, mirror left and right
-    """
-
-    top: Tensor
-    left: Tensor
-    flip: Tensor
-
-
-def draw_crops(n: int, generator: torch.Generator, padding: int = 4) -> CropDraws:
-    """Draw the choices for n crops out of images with a border of `padding` pixels, on the CPU; see `draw_views`."""
-    top, left = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
-    return CropDraws(top, left, torch.rand(n, generator=generator) < FLIP_RATE)
 
 
 def rows_of(index: Tensor, views: int, count: int) -> Tensor:
@@ -185,30 +209,13 @@ def apply_views(images: Tensor, draws: ViewDraws) -> Tensor:
     return views
 
 
-def random_views(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def random_views(images: Tensor, size: int, generator: torch.Generator, recipe: ViewRecipe = SIMCLR) -> Tensor:
     """Draw and make one view per image; shapes and errors as in `draw_views` and `apply_views`.
 
     For several views of an image, repeat it in the batch: every row is drawn anew.
     """
     check_images(images)
-    return apply_views(images, draw_views(len(images), *images.shape[-2:], size, generator).to(images.device))
-
-
-def apply_crops(images: Tensor, draws: CropDraws, padding: int = 4) -> Tensor:
-    """The views of supervised training: the image in a black border, cropped to its size, mirrored or not.
-
-    uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1], on the device of both; `padding` is that of `draw_crops`.
-    """
-    check_images(images)
-    count, _, height, width = images.shape
-    if count != len(draws):
-        raise ValueError(f"{len(draws)} draws for {count} images")
-    across = torch.arange(width, device=images.device)
-    rows = draws.top[:, None] + torch.arange(height, device=images.device)
-    columns = draws.left[:, None] + torch.where(draws.flip[:, None], across.flip(0), across)
-    padded = F.pad(images, (padding,) * 4)
-    each = torch.arange(count, device=images.device)[:, None, None]
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
+    return apply_views(images, draw_views(len(images), *images.shape[-2:], size, generator, recipe).to(images.device))
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
@@ -218,12 +225,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     torchvision's rotate of tensors with its defaults.
     """
     check_images(images)
-    radians = degrees.double().deg2rad()
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    source = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).float()
     with torch.autocast(images.device.type, enabled=False):
-        grid = F.affine_grid(source, list(images.shape), align_corners=False)
-        return F.grid_sample(images.float() / 255, grid, mode="nearest", align_corners=False)
+        return sample_affine(images.float() / 255, turned(degrees))
 
 
 def check_images(images: Tensor) -> None:
@@ -236,26 +239,48 @@ def check_images(images: Tensor) -> None:
 
 
 def _make_views(images: Tensor, draws: ViewDraws) -> Tensor:
-    views = crop_resize(images, draws.boxes, draws.flip, draws.size)
-    change_colours = _by_groups if images.device.type == "cpu" else _by_masks
-    return gaussian_blur(change_colours(views, draws), draws.sigma, blur_radius(draws.size))
+    change = _by_groups if images.device.type == "cpu" else _by_masks
+    return _blur_solarise(_change_colours(_cut(images, draws, change), draws, change), draws, change)
 
 
-def _by_groups(views: Tensor, draws: ViewDraws) -> Tensor:
-    """Jitter and grey, in place: each operation on its rows only. The host has to know which rows these are."""
-    for position in draws.order.T:
-        for i, operation in enumerate(JITTER):
-            rows = (draws.jitter & (position == i)).nonzero()[:, 0]
-            if len(rows):
-                views.index_copy_(0, rows, operation(views.index_select(0, rows), draws.factors[:, i][rows]))
-    rows = draws.grey.nonzero()[:, 0]
-    return views.index_copy_(0, rows, to_grey(views.index_select(0, rows)))
+def _cut(images: Tensor, draws: ViewDraws, change: Callable) -> Tensor:
+    """The parts of the images (N, 3, H, W) that become the views, float32 (N, 3, size, size) in [0, 1]."""
+    recipe, size = draws.recipe, draws.size
+    if recipe.crop_area and not (recipe.randaugment or recipe.padding):
+        return crop_resize(images, draws.boxes, draws.flip, size)
+    if recipe.crop_area or images.shape[2:] != (size, size):
+        images = crop_resize(images, draws.boxes, None, size)
+    if recipe.randaugment:
+        levels = images if images.dtype == torch.uint8 else (255 * images).round().to(torch.uint8)
+        images = rand_augment(levels, draws.operations, draws.values, change)
+    views = shift_flip(images, draws.shift, draws.flip, recipe.padding)
+    return views.float().div_(255) if views.dtype == torch.uint8 else views
 
 
-def _by_masks(views: Tensor, draws: ViewDraws) -> Tensor:
-    """The same pixels as `_by_groups`: each operation on all rows, the result taken where it is wanted."""
-    for position in draws.order.T:
-        for i, operation in enumerate(JITTER):
-            wanted = per_image(draws.jitter & (position == i))
-            views = torch.where(wanted, operation(views, draws.factors[:, i]), views)
-    return torch.where(per_image(draws.grey), to_grey(views), views)
+def _change_colours(views: Tensor, draws: ViewDraws, change: Callable) -> Tensor:
+    if draws.jitter is not None:
+        for position in draws.order.T:
+            for i, operation in enumerate(JITTER):
+                views = change(views, draws.jitter & (position == i), operation, draws.factors[:, i])
+    return views if draws.grey is None else change(views, draws.grey, to_grey)
+
+
+def _blur_solarise(views: Tensor, draws: ViewDraws, change: Callable) -> Tensor:
+    if draws.sigma is not None:
+        radius = blur_radius(draws.size) if draws.recipe.blur_radius is None else draws.recipe.blur_radius
+        blur = functools.partial(gaussian_blur, radius=min(radius, draws.size - 1))
+        views = blur(views, draws.sigma) if draws.blur is None else change(views, draws.blur, blur, draws.sigma)
+    return views if draws.solarise is None else change(views, draws.solarise, solarise)
+
+
+def _by_groups(views: Tensor, wanted: Tensor, operation: Callable, *values: Tensor) -> Tensor:
+    """Apply an operation, in place, to the wanted rows (N,) only. The host has to know which rows these are."""
+    rows = wanted.nonzero()[:, 0]
+    if not len(rows):
+        return views
+    return views.index_copy_(0, rows, operation(views.index_select(0, rows), *(value[rows] for value in values)))
+
+
+def _by_masks(views: Tensor, wanted: Tensor, operation: Callable, *values: Tensor) -> Tensor:
+    """The same pixels as `_by_groups`: the operation on all rows, the result taken where it is wanted."""
+    return torch.where(per_image(wanted), operation(views, *values), views)

@@ -5,23 +5,60 @@ operations together.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL
 
 
-def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor | None, size: int) -> Tensor:
     """Cut a box out of each image, resize it to size x size, mirror it where flip says so.
 
-    images uint8 (N, 3, H, W); boxes (N, 4) top, left, height, width in pixels, inside the images; flip (N,) bool
-    -> float32 (N, 3, size, size) in [0, 1]. Bilinear with the antialiasing of PIL: where an axis shrinks, the triangle
-    of the filter is as much wider.
+    images uint8 (N, 3, H, W); boxes (N, 4) top, left, height, width in pixels, inside the images; flip (N,) bool, None
+    for no mirror -> float32 (N, 3, size, size) in [0, 1]. Bilinear with the antialiasing of PIL: where an axis shrinks,
+    the triangle of the filter is as much wider.
     """
     top, left, height, width = boxes.unbind(1)
     rows = _resize_matrix(top, height, images.shape[2], size)
     columns = _resize_matrix(left, width, images.shape[3], size)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    if flip is not None:
+        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     return _separable(images.float(), rows / 255, columns)
+
+
+def shift_flip(images: Tensor, shift: Tensor | None, flip: Tensor | None, padding: int) -> Tensor:
+    """Cut a part of the old size out of each image in a black border of `padding` pixels, mirror it where flip says so.
+
+    images (N, 3, H, W) of any type; shift (N, 2) the part's corner in pixels from the top and from the left of the
+    border, flip (N,) bool; None for neither -> of the same type and shape.
+    """
+    if shift is None:
+        return images if flip is None else torch.where(per_image(flip), images.flip(3), images)
+    count, _, height, width = images.shape
+    across = torch.arange(width, device=images.device)
+    columns = across if flip is None else torch.where(flip[:, None], across.flip(0), across)
+    columns = shift[:, 1:] + columns
+    rows = shift[:, :1] + torch.arange(height, device=images.device)
+    padded = F.pad(images, (padding,) * 4)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def turned(degrees: Tensor) -> Tensor:
+    """The matrices (N, 2, 3) of `sample_affine` that turn images counter-clockwise by these angles (N,)."""
+    radians = degrees.double().deg2rad()
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    return torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).float()
+
+
+def sample_affine(x: Tensor, source: Tensor) -> Tensor:
+    """The nearest pixels at the places that a matrix says, black where nothing was.
+
+    x float32 (N, C, S, S); source (N, 2, 3): a pixel of the result at (a, b), from -1 left to 1 right and from -1 at
+    the top to 1, is what x has at source @ (a, b, 1) -> a new tensor.
+    """
+    grid = F.affine_grid(source, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="nearest", align_corners=False)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -70,6 +107,11 @@ JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 def to_grey(x: Tensor) -> Tensor:
     """Replace the colour by its luma, 0.299 r + 0.587 g + 0.114 b: (N, 3, H, W) -> the same shape, for reading only."""
     return _luma(x).expand_as(x)
+
+
+def solarise(x: Tensor) -> Tensor:
+    """Invert the values of at least 128 / 255, as PIL's solarize with its default: x in [0, 1] -> a new tensor."""
+    return torch.where(x >= 128 / 255, 1 - x, x)
 
 
 def blur_radius(size: int) -> int:
