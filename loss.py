@@ -16,6 +16,7 @@ from torch import Tensor
 
 from settings import setting
 from training.objective import Loss
+from utils import UserError
 
 # ---- between the rows of a set of features ----
 
@@ -48,7 +49,8 @@ def soft_nearest_neighbour(features: Tensor, views: int = 2, temperature: float 
     """Soft nearest neighbour loss between the rows of an image (Frosst et al., ICML 2019, equation 1).
 
     features (views * B, D) -> scalar. With squared distances d and P(i) the other rows of row i's image:
-    mean_i -log(1e-9 + sum_{p in P(i)} exp(-d_ip / T) / sum_{j != i} exp(-d_ij / T)).
+    mean_i -log(sum_{p in P(i)} exp(-d_ip / T) / sum_{j != i} exp(-d_ij / T)).
+    (The 2022 code adds 1e-9 to the share: far from the answers its gradient is 0.)
     """
     rows, images = len(features), len(features) // views
     # Distances do not depend on the origin; centred features lose least to cancellation in the float32 products below.
@@ -60,8 +62,7 @@ def soft_nearest_neighbour(features: Tensor, views: int = 2, temperature: float 
     logits = (-distances / temperature).masked_fill(itself, -math.inf)
     positive = logits.masked_fill(image[:, None] != image[None, :], -math.inf)
     # In logarithms throughout: exp(-d / T) underflows where the distances are large.
-    log_share = torch.logsumexp(positive, dim=1) - torch.logsumexp(logits, dim=1)
-    return -torch.logaddexp(log_share, torch.full_like(log_share, math.log(1e-9))).mean()
+    return (torch.logsumexp(logits, dim=1) - torch.logsumexp(positive, dim=1)).mean()
 
 
 def barlow_twins(a: Tensor, b: Tensor, off_diagonal: float = 0.0051) -> Tensor:
@@ -147,7 +148,7 @@ def cosine(copy: Tensor, victim: Tensor) -> Tensor:
 def softce(copy: Tensor, victim: Tensor) -> Tensor:
     """Cross-entropy of the copy's softmax with the victim's: copy (B, D), victim (B, D) -> scalar.
 
-    mean_i -sum_c softmax(victim_i)_c log softmax(copy_i)_c. (In the 2022 code the target was the copy's softmax.)
+    mean_i -sum_c softmax(victim_i)_c log softmax(copy_i)_c.
     """
     return F.cross_entropy(copy, victim.softmax(dim=1))
 
@@ -163,11 +164,14 @@ def bce(copy: Tensor, victim: Tensor) -> Tensor:
 def wasserstein(copy: Tensor, victim: Tensor) -> Tensor:
     """Wasserstein-1 distance between rows as histograms over the dimensions: copy (B, D), victim (B, D) -> scalar.
 
-    mean_i sum_c |F(copy_i)_c - F(victim_i)_c|, F the running sum of a row divided by (its sum + 1e-14). Meant for
-    entries >= 0, such as representations after a ReLU; it ignores their scale.
+    mean_i sum_c |F(copy_i)_c - F(victim_i)_c|, F the running sum of a row divided by (its sum + 1e-14). It ignores the
+    rows' scale. UserError on the CPU for a negative entry (elsewhere, looking would make the host wait): a histogram
+    has none, and a row that sums to about 0 has gradients of 1e7 and more.
     """
 
     def cumulative(rows: Tensor) -> Tensor:
+        if rows.device.type == "cpu" and (rows < 0).any():
+            raise UserError("wasserstein compares histograms, a row has a negative number: give another --losstype")
         return torch.cumsum(rows / (rows.sum(dim=1, keepdim=True) + 1e-14), dim=1)
 
     return (cumulative(copy) - cumulative(victim)).abs().sum(dim=1).mean()
@@ -184,36 +188,48 @@ def symmetrized(copy: Tensor, victim: Tensor, views: int = 2) -> Tensor:
     return -torch.stack([F.cosine_similarity(predictions[v], targets[w]).mean() for v, w in pairs]).mean()
 
 
-def barlow_stealing(copy: Tensor, victim: Tensor) -> Tensor:
-    """`barlow_twins` of the copy's features and the victim's answers to the same images: (B, D), (B, D) -> scalar.
-
-    (In the 2022 code no term joined an image's two rows, so the victim hardly mattered.)
-    """
-    return barlow_twins(copy, victim)
-
-
-def _similarities(copy: Tensor, victim: Tensor, views: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines / T of the copy's rows (V * B, D), for each view separately.
-
-    Returns those with the image's answer (V, B), with all answers, and with all rows of the copy (V, B, B); in the last
-    two the image itself is at -inf.
-    """
-    copy, victim = (F.normalize(rows, dim=1).view(views, -1, rows.shape[1]) for rows in (copy, victim))
-    answers, copies = copy @ victim.mT / temperature, copy @ copy.mT / temperature
-    itself = torch.eye(copy.shape[1], dtype=torch.bool, device=copy.device)
-    matched = answers.diagonal(dim1=1, dim2=2)
-    return matched, answers.masked_fill(itself, -math.inf), copies.masked_fill(itself, -math.inf)
-
-
 def contsteal(copy: Tensor, victim: Tensor, temperature: float = 0.5, views: int = 1) -> Tensor:
-    """Cont-Steal's loss (Sha et al., CVPR 2023): copy (V * B, D), victim (V * B, D) -> scalar.
+    """Cont-Steal's loss as its authors released it (Sha et al., CVPR 2023): (V * B, D), (V * B, D) -> scalar.
+
+    `infonce` at their temperature. The paper has another formula: `contsteal_paper`.
+    """
+    return infonce(copy, victim, temperature, views)
+
+
+def _contrast(matched: Tensor, *negatives: Tensor, positive: bool) -> Tensor:
+    """-log(e^matched / sum of e^negatives), averaged: matched (V, B), negatives (V, B, B) without their diagonals.
+
+    positive: whether the denominator has the matched pair too.
+    """
+    itself = torch.eye(matched.shape[1], dtype=torch.bool, device=matched.device)
+    terms = [logits.masked_fill(itself, -math.inf) for logits in negatives] + [matched[..., None]] * positive
+    return (torch.logsumexp(torch.cat(terms, dim=2), dim=2) - matched).mean()
+
+
+def _products(copy: Tensor, victim: Tensor, views: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The copy's rows (V * B, D) times all answers, and times all rows of the copy, over T: (V, B, B) for V views."""
+    copy, victim = (rows.view(views, -1, rows.shape[1]) for rows in (copy, victim))
+    return copy @ victim.mT / temperature, copy @ copy.mT / temperature
+
+
+def contsteal_paper(copy: Tensor, victim: Tensor, temperature: float = 0.5, views: int = 1) -> Tensor:
+    """Cont-Steal's formula as in its paper (Sha et al., CVPR 2023): copy (V * B, D), victim (V * B, D) -> scalar.
 
     With s, f the unit rows of copy and victim, averaged over images and views:
     -log(e^{s_i.f_i/T} / (e^{s_i.f_i/T} + sum_{j != i} e^{s_i.f_j/T} + sum_{j != i} e^{s_i.s_j/T})).
     """
-    matched, answers, copies = _similarities(copy, victim, views, temperature)
-    everyone = torch.cat([matched[..., None], answers, copies], dim=2)
-    return (torch.logsumexp(everyone, dim=2) - matched).mean()
+    answers, copies = _products(F.normalize(copy, dim=1), F.normalize(victim, dim=1), views, temperature)
+    return _contrast(answers.diagonal(dim1=1, dim2=2), answers, copies, positive=True)
+
+
+def contsteal_rda(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int = 1) -> Tensor:
+    """Cont-Steal's loss as RDA's authors re-implemented it (code of Wu et al., ECCV 2024): shapes as `contsteal`.
+
+    The victim's row is the anchor of the cross term, and the positive pair is not in the denominator:
+    -log(e^{f_i.s_i/T} / (sum_{j != i} e^{f_i.s_j/T} + sum_{j != i} e^{s_i.s_j/T})).
+    """
+    answers, copies = _products(F.normalize(copy, dim=1), F.normalize(victim, dim=1), views, temperature)
+    return _contrast(answers.diagonal(dim1=1, dim2=2), answers.mT, copies, positive=False)
 
 
 # Distances between rows (B, D), (B, D) -> (B,).
@@ -229,42 +245,37 @@ def stolenencoder(
 ) -> Tensor:
     """StolenEncoder's loss (Liu et al., CCS 2022): copy (V * B, D), victim (V * B, D) -> scalar.
 
-    The copy's first B rows are of the images themselves, the others of augmentations; victim repeats each answer:
-    mean distance of the first rows + lambda_aug * mean distance of the others. `distance` is a name in DISTANCES.
+    The copy's first B rows are of the images, the others of augmentations; victim repeats each answer. Of unit rows, a
+    *sum* over the images: the distance of the first row + lambda_aug * the mean distance of the others.
     """
-    plain, *augmented = DISTANCES[distance](copy, victim).chunk(views)
-    return plain.mean() + lambda_aug * torch.cat(augmented).mean() if augmented else plain.mean()
+    plain, *augmented = DISTANCES[distance](F.normalize(copy, dim=1), F.normalize(victim, dim=1)).chunk(views)
+    return plain.sum() + lambda_aug * torch.stack(augmented).mean(dim=0).sum() if augmented else plain.sum()
 
 
 def rda(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int = 1) -> Tensor:
     """RDA's loss, discrimination + alignment (Wu et al., ECCV 2024): copy (V * B, D), victim (V * B, D) -> scalar.
 
-    victim repeats each image's prototype p. With s the copy's rows, averaged over images and views:
-    -log(e^{s_i.p_i/T} / (sum_{j != i} e^{s_i.p_j/T} + sum_{j != i} e^{s_i.s_j/T})), rows of unit length, and
+    victim repeats each image's prototype p, the mean of answers of unit length (see `Loss.unit_answers`), which is
+    itself shorter. With s the unit rows of the copy, averaged over images and views:
+    -log(e^{s_i.p_i/T} / (sum_{j != i} e^{s_i.p_j/T} + sum_{j != i} e^{s_i.s_j/T})), and
     -log((cos(s_i, p_i) + 1) / |s_i - p_i|^2). 1e-6 is added to numerator and denominator, which is 0 at s = p.
     """
-    matched, answers, copies = _similarities(copy, victim, views, temperature)
-    discrimination = (torch.logsumexp(torch.cat([answers, copies], dim=2), dim=2) - matched).mean()
+    copy = F.normalize(copy, dim=1)
+    answers, copies = _products(copy, victim, views, temperature)
+    discrimination = _contrast(answers.diagonal(dim1=1, dim2=2), answers, copies, positive=False)
     angle, amplitude = F.cosine_similarity(copy, victim) + 1, (copy - victim).square().sum(dim=1)
     return discrimination + ((amplitude + 1e-6).log() - (angle + 1e-6).log()).mean()
 
 
-# ---- for stealing a classifier: the copy's logits and the victim's labels or probabilities ----
-
-
-def label_cross_entropy(copy: Tensor, victim: Tensor) -> Tensor:
-    """Cross-entropy with the answers: logits (B, C), the victim's probabilities or one-hot labels (B, C) -> scalar."""
-    return F.cross_entropy(copy, victim)
-
-
 # ---- the tables ------------------------------------------------------------------------------------------------------
+def _temperature(default: float) -> dict:
+    text = "temperature of contrastive losses"
+    return {"temperature": setting(default, text, above=0, otherwise="0.07, of contsteal and contsteal-paper 0.5")}
 
-_TEMPERATURE = {"temperature": setting(0.07, "temperature of contrastive losses", above=0)}
-_SOFTNN = {
-    "temperaturesn": setting(
-        100.0, "temperature of softnn", above=0, flags=("--tempsn", "--temperaturesn"), argument="temperature"
-    )
-}
+
+_TEMPERATURE, _WARMER = _temperature(0.07), _temperature(0.5)
+_SN = {"flags": ("--tempsn", "--temperaturesn"), "argument": "temperature"}
+_SOFTNN = {"temperaturesn": setting(100.0, "temperature of softnn", above=0, **_SN)}
 _STOLENENCODER = {
     "distance": setting("l2", "distance between features in stolenencoder's loss", choices=DISTANCES),
     "lambda_aug": setting(
@@ -281,27 +292,30 @@ TRAIN_LOSSES = {
     "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, settings=_SOFTNN, min_views=2),
     "supcon": Loss(supcon_training, 256, 0.05, optimizer="sgd", settings=_TEMPERATURE, min_views=2),
     "barlow": Loss(barlow, 256, 3e-4, min_views=2),
-    "supervised": Loss(supervised, 128, 0.1, 5e-4, "sgd", augment="crop and flip"),
+    "supervised": Loss(supervised, 128, 0.1, 5e-4, "sgd", augment="crop-flip"),
 }
 STEAL_LOSSES = {
     "infonce": Loss(infonce, 256, 3e-4, settings=_TEMPERATURE),
     "softnn": Loss(softnn, 256, 1e-3, settings=_SOFTNN),
     "supcon": Loss(supcon, 256, 0.05, optimizer="sgd", settings=_TEMPERATURE),
     "symmetrized": Loss(symmetrized, 256, 0.05, optimizer="sgd", min_views=2, predictor=True),
-    "barlow": Loss(barlow_stealing, 256, 1e-3),
+    "barlow": Loss(barlow_twins, 256, 1e-3),
     "mse": Loss(mse, 64, 1e-3),
     "cosine": Loss(cosine, 64, 1e-3),
     "softce": Loss(softce, 64, 1e-3),
     "bce": Loss(bce, 64, 1e-3),
-    "wasserstein": Loss(wasserstein, 64, 1e-3),
-    "contsteal": Loss(contsteal, 32, 3e-4, 0.0, settings=_TEMPERATURE),
+    "wasserstein": Loss(wasserstein, 64, 1e-3, nonnegative=True),
+    "contsteal": Loss(contsteal, 32, 3e-4, 0.0, settings=_WARMER),
+    "contsteal-paper": Loss(contsteal_paper, 32, 3e-4, 0.0, settings=_WARMER),
+    "contsteal-rda": Loss(contsteal_rda, 100, 1e-3, settings=_TEMPERATURE),
     "stolenencoder": Loss(stolenencoder, 64, 1e-3, 5e-4, "sgd", settings=_STOLENENCODER, plain_first=True),
-    "rda": Loss(rda, 100, 1e-3, 0.0, settings=_TEMPERATURE),
+    "rda": Loss(rda, 100, 1e-3, settings=_TEMPERATURE, unit_answers=True),
 }
-# Modes of steallabels.py: Adam as in the 2022 code, or Knockoff Nets' SGD.
+# Modes of steallabels.py, of logits (B, C) and the victim's probabilities or one-hot labels (B, C): Adam as in the 2022
+# code, or Knockoff Nets' SGD.
 LABEL_LOSSES = {
-    "direct": Loss(label_cross_entropy, 64, 3e-4, 8e-4),
-    "knockoff": Loss(label_cross_entropy, 64, 0.01, 5e-4, "sgd", 0.5),
+    "direct": Loss(F.cross_entropy, 64, 3e-4, 8e-4),
+    "knockoff": Loss(F.cross_entropy, 64, 0.01, 5e-4, "sgd", 0.5),
 }
 # Losses of the head that stealhead.py re-creates: between its outputs for several views of each image, or against the
 # victim's true projections.

@@ -177,7 +177,7 @@ class Parser(argparse.ArgumentParser):
     ):
         super().__init__(description=description.splitlines()[0], allow_abbrev=False)
         self.owners, self.kind, self.core, self.implied = list(owners), kind, list(core), frozenset(implied)
-        self.fixed = dict(fixed)
+        self.fixed, self.defaults = dict(fixed), dict(changes.get("defaults", {}))
         self.settings: dict[str, Setting] = {}
         self.owner_of: dict[str, Any] = {}
         groups: dict[str, argparse._ArgumentGroup] = {}
@@ -270,7 +270,7 @@ class Command:
         """
         values = {}
         for name, declared in settings_of(owner).items():
-            default = self.parser.settings.get(name, declared).default
+            default = self.parser.defaults.get(name, declared.default)
             self.expected[name] = next((layer[name] for layer in layers if layer.get(name) is not None), default)
             values[name] = self.values[name] = self.given.get(name, self.expected[name])
         made = owner(**values, **fixed) if isinstance(owner, type) else owner.bind(values)

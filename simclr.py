@@ -6,8 +6,10 @@ trainer.train(Stored(images))
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,12 @@ from attacks import Attack
 from attacks.answers import Answers
 from attacks.buy import buy
 from attacks.client import CPU, Client
-from data_aug.augment import apply_crops, apply_views, draw_crops, draw_views, rows_of
+from data_aug.augment import apply_views, draw_views, rows_of
+from data_aug.datasets import to_float
 from data_aug.images import Batch, Images, Stored
+from data_aug.recipes import VIEW_RECIPES
 from defenses.watermark import draw_turns, half_turns
-from jobs.exchange import barrier, share
+from jobs.exchange import barrier, processes, share
 from training.loop import BatchLoss, Loader, Loop
 from training.monitor import spread_of
 from training.objective import Loss
@@ -62,14 +66,12 @@ class SimCLR(Loop):
 
         def prepare(epoch: int) -> tuple[Loader, BatchLoss]:
             draws = generator(self.recipe.seed, "views", epoch)
-            if self.loss.augment == "crop and flip":
-                table, make = draw_crops(views * count, draws).to(self.device), apply_crops
-            else:
-                table, make = draw_views(views * count, height, width, width, draws).to(self.device), apply_views
+            table = draw_views(views * count, height, width, images.view_side, draws, VIEW_RECIPES[self.loss.augment])
+            table = table.to(self.device)
             turns = draw_turns(count, generator(self.recipe.seed, "turns", epoch)).to(self.device)
 
             def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
-                shown = make(batch.images.repeat(views, 1, 1, 1), table[rows_of(batch.local, views, count)])
+                shown = apply_views(batch.images.repeat(views, 1, 1, 1), table[rows_of(batch.local, views, count)])
                 features = self.features(self.model.project, shown, views)
                 loss = value(batch.index, features)
                 if self.companion:
@@ -78,13 +80,32 @@ class SimCLR(Loop):
 
             return self._loader(images, epoch), batch_loss
 
-        self.fit(count, prepare)
+        self.fit(count, prepare, drop_last=True)
 
     def _watermark_loss(self, batch: Batch, degrees: Tensor) -> Tensor:
         """The watermark's loss () on a batch, whose images here are turned by these angles (2 * b,)."""
         turned, _ = half_turns(batch.images, degrees)
         half = torch.arange(2, device=self.device).repeat_interleave(len(batch.index))
         return F.cross_entropy(self.features(lambda x: self.companion(self.model(x)), turned, 2), half)
+
+    def mark(self, images: Images, clean: nn.Module) -> None:
+        """Put SSLGuard's watermark, the companion, into an encoder that is so far the same as the `clean` one."""
+        if processes() > 1:
+            raise UserError("SSLGuard's alternating steps are of a single process: start run.py without a launcher")
+        count = len(images)
+        self._check_batch(count)
+        if not self.start():
+            return
+        images, clean = images.to(self.device), clean.to(self.device, memory_format=self.precision.memory_format).eval()
+        self.target_spread = 0.0  # the clean encoder's representations may be close to each other
+
+        def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+            losses = self.companion.steps(self.model, clean, to_float(batch.images), self.features)
+            for loss, _ in itertools.islice(losses, 2):  # the loop makes the step of the third
+                self._step(loss)
+            return next(losses)
+
+        self.fit(count, lambda epoch: (self._loader(images, epoch), batch_loss))
 
     def train_head(self, representations: Tensor, projections: Tensor | None = None, views: int = 2) -> None:
         """Train a head on representations (views * N, D), view-major, by a loss of `loss.HEAD_LOSSES`.
@@ -168,18 +189,24 @@ class SimCLR(Loop):
             count = len(bought)
             self._check_batch(count)
             labels = labels[bought.index] if labels is not None else None
-        value = self._loss_of(attack.views, labels)
+        value = self._loss_of(attack.rows, labels)
 
         def prepare(epoch: int) -> tuple[Loader, BatchLoss]:
             answers = ask(epoch) if bought is None else bought
-            if not self.companion:
-                some = torch.arange(min(SPREAD_ROWS, len(answers.rows)))
-                self.target_spread = spread_of(answers.targets(some, self.device)).item()
+            self._look_at(answers)
             loader = functools.partial(answers.batches, device=self.device, share=share)
             return loader, self._stealing_loss(answers, attack, value, epoch)
 
-        self.fit(count, prepare)
+        self.fit(count, prepare, **(self._batches_of_2022(count) if released else {}))
         self._forget_answers()
+
+    def _look_at(self, answers: Answers) -> None:
+        """Note the targets' spread. UserError for answers that the loss cannot use."""
+        targets = answers.targets(torch.arange(min(SPREAD_ROWS, len(answers.rows))), self.device)
+        if not self.companion:
+            self.target_spread = spread_of(targets).item()
+        if self.loss.nonnegative and (targets < 0).any():
+            raise UserError("this loss compares histograms, and answers have negative numbers: give another --losstype")
 
     def _check_attack(
         self, images: Images, victim: AnyVictim, attack: Attack, labels: Tensor | None, refined: bool
@@ -198,6 +225,11 @@ class SimCLR(Loop):
         self._check_victim(victim, refined)
         return count
 
+    def _batches_of_2022(self, count: int) -> dict[str, Any]:
+        """Options of `fit`: the query set's images in their order, and of the whole set only its whole batches."""
+        whole = (self.run.record.query_set or {}).get("available", count)
+        return {"shuffle": False, "drop_last": count == whole, "period": whole // self.recipe.batch_size}
+
     def _stealing_loss(self, answers: Answers, attack: Attack, value: Callable[..., Tensor], epoch: int) -> BatchLoss:
         """The loss of a batch of an epoch: of the copy's features, or of what the companion makes of both sides."""
         table = answers.draw(generator(self.recipe.seed, "views", epoch))
@@ -206,12 +238,12 @@ class SimCLR(Loop):
         def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
             shown, targets = answers.batch(batch, table)
             if self.companion:
-                local = targets[rows_of(self._positions(batch), attack.views, len(batch.index))]
+                local = targets[rows_of(self._positions(batch), attack.rows, len(batch.index))]
                 with torch.no_grad():
-                    targets = self.features(self.companion.project, local, attack.views)
-                features = self.features(lambda x: self.companion.predict(self.model.output(x)), shown, attack.views)
+                    targets = self.features(self.companion.project, local, attack.rows)
+                features = self.features(lambda x: self.companion.predict(self.model.output(x)), shown, attack.rows)
             else:
-                features = self.features(self.model.output, shown, attack.views)
+                features = self.features(self.model.output, shown, attack.rows)
             return value(batch.index, features, targets), features
 
         return batch_loss
@@ -224,7 +256,7 @@ class SimCLR(Loop):
         """Buy what the attack says, enter it in the record that every checkpoint has, and say what it cost."""
         draws = generator(self.recipe.seed, "query views", epoch)
         stored = isinstance(images, Stored)
-        client = Client(victim, keep, attack.repeat, np.float32 if stored else np.float16)
+        client = Client(victim, keep, attack.repeat, np.float32 if stored else np.float16, jitter=attack.jitter)
         bought = buy(client, images.to(CPU), attack, count, draws, lambda: self._features(images))
         asked = torch.cat([*bought.sources.values()]).unique()  # also images whose answers were thrown away
         asked = asked[asked >= 0]
@@ -237,7 +269,9 @@ class SimCLR(Loop):
         else:  # views of them were sent, whose digests the ledger has
             record.query_digests = pack_digests(sorted(victim.ledger.images))
         record.ledger = victim.ledger.state_dict()
-        summary = "queries: {queries}, of distinct images: {distinct}, calls: {calls}"
+        summary = (
+            "queries: {queries}, of distinct images: {distinct} (near-copies once: {near_distinct}), calls: {calls}"
+        )
         self.run.say(summary.format(**victim.ledger.summary()))
         for words in bought.findings:
             self.run.say(f"attacker: {words}")
@@ -263,6 +297,11 @@ class SimCLR(Loop):
             raise UserError("this loss needs labels and the images have none: choose another --losstype or data set")
 
     def _check_victim(self, victim: AnyVictim, refined: bool) -> None:
+        if self.loss.nonnegative and self.model.has_head:
+            raise UserError(
+                "this loss compares histograms, and what a head or a map to the victim's width gives may be negative: "
+                "give another --losstype, or a copy as wide as an answer and without a head"
+            )
         if not refined and victim.dim != self.model.output_dim:
             raise UserError(
                 f"the victim answers {victim.dim} numbers, the copy gives {self.model.output_dim}: "

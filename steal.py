@@ -4,31 +4,36 @@ python steal.py -data ./datasets --dataset cifar10 --datasetsteal svhn --arch re
 torchrun --nproc-per-node 4 steal.py --datasetsteal svhn --losstype mse --num_queries 9000
 """
 
+import functools
 from collections.abc import Sequence
 
 import jobs.early  # noqa: F401
 
-from attacks import ATTACKS, Attack, Heads, use_attack, victims
-from attacks.queries import QueryChoice, choose_queries
+from torch import Tensor
+
+from attacks import ATTACKS, Attack, Heads, loss_of, use_attack, victims
+from attacks.defended import defend
+from attacks.queries import QueryChoice
 from data_aug.datasets import Data
-from defenses import DEFENCES, Defence, DefenceChoice, use_defences
+from defenses import DEFENCES, DefenceChoice, use_defences
 from defenses.watermark import check_width, read_watermark, watermark_line
 from evaluation.test_images import load_test
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from jobs.place import Processes
 from loss import STEAL_LOSSES
-from models import SimSiamHeads, build_copy
+from models import SimCLREncoder, SimSiamHeads, build_copy
 from settings import Command, Parser
 from simclr import SimCLR
 from training.objective import Loss, LossChoice
 from training.recipe import Protocol, Recipe
 from training.run import relative
 from utils import UserError, seeded
-from victim import Api, Victim
+from victim import Api
 
-OWNERS = (Data, victims.VictimChoice, victims.Copy, QueryChoice, Attack, DefenceChoice, *DEFENCES.values(), LossChoice)
-OWNERS = (*OWNERS, Recipe, *STEAL_LOSSES.values(), Heads, Machine, Threads, Protocol, Processes)
+OWNERS = (Data, victims.VictimChoice, victims.Copy, victims.CopyInput, QueryChoice, Attack, DefenceChoice)
+OWNERS = (*OWNERS, *DEFENCES.values(), LossChoice, Recipe, *STEAL_LOSSES.values(), Heads, Machine, Threads)
+OWNERS = (*OWNERS, Protocol, Processes)
 
 
 def make_parser() -> Parser:
@@ -47,15 +52,26 @@ def parse(line: Sequence[str] | None = None) -> Command:
     command.use_all(Data, victims.VictimChoice, Machine, Threads, Protocol, Processes)
     preset = ATTACKS[command.attack]
     command.use(victims.Copy, preset)
-    command.use(LossChoice, preset)
-    loss = command.use(STEAL_LOSSES[command.losstype], preset)
+    command.use(victims.CopyInput, {"copy_normalize": "none"} if command.recipe == "released" else {})
+    loss = command.use(loss_of(command.attack, command.use(LossChoice, preset).losstype), preset)
     command.use(Recipe, preset, loss.presets, seed=command.seed, recipe=command.recipe)
     command.use(Heads)
     command.use(QueryChoice, preset)
-    use_attack(command, loss, preset, command.num_queries)
-    use_defences(command, command.losstype, command.seed)
-    command.refuse_idle()
+    attack = use_attack(command, loss, preset, command.num_queries)
+    if attack.asks:
+        use_defences(command, command.losstype, command.seed)
+    command.refuse_idle(**attack.idle)
     return command
+
+
+def build(command: Command, width: int, queried: Tensor) -> tuple[SimCLREncoder, SimSiamHeads | None]:
+    """The untrained copy for answers of this width, and heads for a loss that compares their outputs."""
+    copy, normalize = command[victims.Copy], command[victims.CopyInput].normalisation(queried)
+    with seeded(command.seed):
+        if not command[Attack].asks:
+            return build_copy(copy.archstolen, victims.PROJECTION, normalize, head=True), None
+        model = build_copy(copy.archstolen, width, normalize, copy.stolenhead)
+        return model, SimSiamHeads(width, command.out_dim) if command[Loss].predictor else None
 
 
 @script
@@ -64,7 +80,7 @@ def main() -> None:
     machine, precision = set_up(command)
     loss, attack, copy, recipe = command[Loss], command[Attack], command[victims.Copy], command[Recipe]
     path, checkpoint, encoder = victims.open_victim(command)
-    command.refuse_idle()  # again: the victim's file may have named its data set
+    command.refuse_idle(**attack.idle)  # again: the victim's file may have named its data set
     mlp = read_watermark(checkpoint, str(path)) if copy.watermark else None
     if mlp is not None and command.dataset == victims.OTHER:
         raise UserError("a watermark is read on the victim's test images: give their --dataset, such as folder:PATH")
@@ -73,20 +89,23 @@ def main() -> None:
     # The released recipe repeats all queries in every epoch, so the budget has to cover them.
     rounds = recipe.epochs if recipe.recipe == "released" else 1
     api = Api(encoder.to(precision.device), "projections" if copy.victimhead else "representations")
-    victim = Victim(api, command.num_queries * rounds, command.all(Defence), precision)
-    choice, count = command[QueryChoice], attack.images(command.num_queries)
-    choosy = attack.max_coverage is not None
-    images, labels, record = choose_queries(choice, command.dataset, command.data, count, machine.seed, choosy)
-    with seeded(machine.seed):
-        model = build_copy(copy.archstolen, victim.dim, encoder.normalize, copy.stolenhead)
-        heads = SimSiamHeads(victim.dim, command.out_dim) if loss.predictor else None
+    victim = defend(command, path, api, precision, command.num_queries * rounds)
+    count, choosy = attack.images(command.num_queries), attack.max_coverage is not None
+    untrained = functools.partial(build, command, victim.dim)
+    images, labels, record = victims.choose(command, count, lambda every: untrained(every)[0], precision, choosy)
+    model, heads = untrained(images.tensor)
     if mlp is not None:
         check_width(mlp, model)
 
     run = victims.open_copy(command, path, encoder, record, precision)
     if loss.needs_labels:
         print(f"{command.losstype}: this attacker has the true labels of the images queried")
-    SimCLR(model, loss, recipe, run, heads).steal(images, victim, attack, labels)
+    trainer = SimCLR(model, loss, recipe, run, heads)
+    if attack.asks:
+        trainer.steal(images, victim, attack, labels)
+    else:
+        print(f"queries: 0, the copy is trained on {len(images)} images without the victim")
+        trainer.train(images, labels)
     if mlp is not None:
         test, _, _ = load_test(command.dataset, command.data, run.record)
         print(watermark_line(model, mlp, test, precision, machine.seed))

@@ -15,24 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from attacks import ADAPTIVE, Attack, victims
-from attacks.head import LOSSES, Head, open_api
-from attacks.queries import QueryChoice, choose_queries
+from attacks.defended import defend
+from attacks.head import LOSSES, Head, build_head_copy, open_api
+from attacks.queries import QueryChoice
 from data_aug.datasets import Data
-from defenses import DEFENCES, Defence, DefenceChoice, use_defences
+from defenses import DEFENCES, DefenceChoice, use_defences
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from loss import HEAD_LOSSES
-from models import SimSiamHeads, build_copy, projection_head
+from models import projection_head
 from settings import Command, Parser
 from simclr import SimCLR
 from training.objective import Loss, LossChoice
 from training.recipe import Recipe
 from training.run import Run, relative
 from utils import seeded
-from victim import Victim
 
-OWNERS = (Data, victims.VictimChoice, Head, QueryChoice, Attack, DefenceChoice, *DEFENCES.values(), LossChoice, Recipe)
-OWNERS = (*OWNERS, *LOSSES.values(), *HEAD_LOSSES.values(), Machine, Threads)
+OWNERS = (Data, victims.VictimChoice, Head, victims.CopyInput, QueryChoice, Attack, DefenceChoice, *DEFENCES.values())
+OWNERS = (*OWNERS, LossChoice, Recipe, *LOSSES.values(), *HEAD_LOSSES.values(), Machine, Threads)
 
 
 def make_parser() -> Parser:
@@ -46,13 +46,13 @@ def make_parser() -> Parser:
         flags={"arch": ("--arch-victim", "--archvic")},
         defaults={"n_views": 2},
         fixed={"attack": "stealhead"},
-        without=(*ADAPTIVE, "useaug", "copy_views"),
+        without=(*(name for name in ADAPTIVE if name != "query_views"), "useaug", "copy_views", "views"),
     )
 
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, victims.VictimChoice, Machine, Threads, QueryChoice, LossChoice)
+    command.use_all(Data, victims.VictimChoice, victims.CopyInput, Machine, Threads, QueryChoice, LossChoice)
     loss = command.use(LOSSES[command.losstype])
     recipe = command.use(Recipe, loss.presets, seed=command.seed)
     head = command.use(Head, {"head_queries": command.num_queries // 2, "epochshead": 2 * recipe.epochs})
@@ -82,17 +82,15 @@ def recreate_head(command: Command, answers: Tensor, images: int, run: Run) -> n
 @script
 def main() -> None:
     command = parse()
-    machine, precision = set_up(command)
+    _, precision = set_up(command)
     head, (loss, _) = command[Head], command.all(Loss)
     path, _, encoder = victims.open_victim(command)
     command.refuse_idle()  # again: the victim's file may have named its data set
     api = open_api(command, encoder.to(precision.device), path)
     count, images_of_head = command.num_queries // command.n_views, head.head_queries // command.n_views
-    images, labels, record = choose_queries(command[QueryChoice], command.dataset, command.data, count, machine.seed)
-    victim = Victim(api, command.num_queries, command.all(Defence), precision)
-    with seeded(machine.seed):
-        model = build_copy(head.archstolen, command.out_dim, encoder.normalize, head=True)
-        heads = SimSiamHeads(command.out_dim, command.out_dim) if loss.predictor else None
+    images, labels, record = victims.choose(command, count, lambda every: build_head_copy(command, every)[0], precision)
+    victim = defend(command, path, api, precision, command.num_queries)
+    model, heads = build_head_copy(command, images.tensor)
     run = victims.open_copy(command, path, encoder, record, precision)
 
     def refine(answers: Tensor) -> Tensor:

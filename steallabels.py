@@ -5,6 +5,7 @@ python steallabels.py -data ./datasets --dataset cifar10 --dataset-test cifar10 
 The victim is a linear layer on a frozen encoder, trained by linear_eval.py, or a supervised network trained by run.py.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 
@@ -13,8 +14,8 @@ import jobs.early  # noqa: F401
 import torch
 
 from attacks import victims
-from attacks.labels import MODES, Labels, open_classifier
-from attacks.queries import QueryChoice, choose_queries
+from attacks.labels import MODES, Labels, build_classifier_copy, open_classifier
+from attacks.queries import QueryChoice
 from data_aug.datasets import Data
 from evaluation.fidelity import classifier_figures
 from evaluation.rows import attack_figures
@@ -22,7 +23,6 @@ from evaluation.test_images import load_test
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from loss import LABEL_LOSSES
-from models import build_encoder
 from settings import Command, Parser
 from simclr import SimCLR
 from training import finding
@@ -30,10 +30,11 @@ from training.objective import Loss, LossChoice
 from training.recipe import Recipe
 from training.represent import represent
 from training.run import relative
-from utils import UserError, seeded
+from utils import UserError
 from victim import Api, Victim, digest_tensor
 
-OWNERS = (Data, victims.VictimChoice, Labels, QueryChoice, LossChoice, Recipe, *LABEL_LOSSES.values(), Machine, Threads)
+OWNERS = (Data, victims.VictimChoice, Labels, victims.CopyInput, QueryChoice, LossChoice, Recipe)
+OWNERS = (*OWNERS, *LABEL_LOSSES.values(), Machine, Threads)
 
 
 def make_parser() -> Parser:
@@ -54,7 +55,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
     if {"losstype", "mode"} <= command.given.keys() and MODES[command.mode] != command.losstype:
         raise UserError(f"--mode {command.mode} and --losstype {command.losstype} contradict each other: give one")
-    command.use_all(Data, victims.VictimChoice, Machine, Threads, QueryChoice)
+    command.use_all(Data, victims.VictimChoice, victims.CopyInput, Machine, Threads, QueryChoice)
     losstype = command.use(LossChoice, {"losstype": MODES[command.mode]}).losstype
     command.use(Labels, {"modeloutput": "logits" if losstype == "knockoff" else "labels"})
     command.set(mode=losstype)
@@ -82,11 +83,10 @@ def main() -> None:
     classifier = open_classifier(command, path, encoder)
     output = "labels" if command.modeloutput == "labels" else "probabilities"
     api = Api(encoder, output, classifier).to(precision.device)
-    choice, count = command[QueryChoice], command.num_queries
-    images, _, record = choose_queries(choice, command.dataset, command.data, count, machine.seed)
     victim = Victim(api, command.num_queries, precision=precision)
-    with seeded(machine.seed):
-        model = build_encoder(command.archstolen, victim.dim, encoder.normalize, head="linear")
+    untrained = functools.partial(build_classifier_copy, command, victim.dim)
+    images, _, record = victims.choose(command, command.num_queries, untrained, precision)
+    model = untrained(images.tensor)
     run = victims.open_copy(command, path, encoder, record, precision)
     if run.done():
         return

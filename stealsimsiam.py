@@ -10,10 +10,11 @@ from pathlib import Path
 import jobs.early  # noqa: F401
 
 from attacks import ADAPTIVE, Attack, Heads, victims
+from attacks.defended import defend
 from attacks.queries import PictureChoice, QueryChoice, choose_pictures
 from data_aug.datasets import Data
 from data_aug.images import Loading, picture_name
-from defenses import DEFENCES, Defence, DefenceChoice, use_defences
+from defenses import DEFENCES, DefenceChoice, use_defences
 from jobs.ending import script
 from jobs.machine import Machine, set_up
 from jobs.place import Processes
@@ -27,7 +28,6 @@ from training.objective import Loss, LossChoice
 from training.recipe import LargeScale, Recipe, use_large_recipe
 from training.run import relative
 from utils import UserError, seeded
-from victim import Api, Victim
 
 OWNERS = (Data, LargeScale, victims.VictimChoice, victims.Copy, PictureChoice, QueryChoice, Attack, DefenceChoice)
 OWNERS = (*OWNERS, *DEFENCES.values(), LossChoice, Recipe, *STEAL_LOSSES.values(), Heads, Machine, Loading, Processes)
@@ -40,12 +40,12 @@ def make_parser() -> Parser:
         kind="stolen-simsiam",
         core=("datasetsteal", "archstolen", "losstype", "num_queries", "epochs", "seed"),
         implied=victims.VICTIM_SETTINGS,
-        choices={"losstype": STEAL_LOSSES},
+        choices={"losstype": STEAL_LOSSES, "query_order": ("first", "random")},
         defaults={"dataset": "imagenet", "arch": "resnet50", "losstype": "mse", "num_queries": 50000}
         | {"query_order": "random", "temperaturesn": 1000.0, "useaug": True},
         flags={"victim": ("--victim", "--pretrained"), "epochs": ("--epochssteal", "--epochs")},
         reads={"dataset": str, "datasetsteal": picture_name} | dict.fromkeys(("arch", "archstolen"), large_arch_name),
-        without=(*ADAPTIVE, "n_views", "force", "lossvictim", "victimhead", "stolenhead", "watermark"),
+        without=(*ADAPTIVE, "n_views", "force", "lossvictim", "victimhead", "stolenhead", "query_space", "watermark"),
     )
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     machine, precision = set_up(command)
     loss, recipe = command[Loss], use_large_recipe(command, batch_size=128)
     path, encoder = open_public(command)
-    victim = Victim(Api(encoder.to(precision.device)), command.num_queries, command.all(Defence), precision)
+    victim = defend(command, path, encoder.to(precision.device), precision, command.num_queries)
     choices = command[QueryChoice], command[PictureChoice]
     images, labels, record = choose_pictures(*choices, command.data, command.size, command.workers, machine.seed)
     with seeded(machine.seed):

@@ -14,58 +14,111 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_aug.recipes import VIEW_RECIPES
+from loss import STEAL_LOSSES, TRAIN_LOSSES
 from settings import Command, Settings, setting
 from training.objective import Loss
 from utils import UserError
 
+OWN = "own-simclr"
 # Values of steal.py's settings where the command line has none; those of the loss come after these.
 ATTACKS: dict[str, Mapping[str, Any]] = {
     # Dziedzic et al., ICML 2022: train on the answers by any loss.
     "direct": {},
     # Sha et al., CVPR 2023, the baseline: match the answers by their squared error.
-    "conventional": {"losstype": "mse", "lr": 3e-4, "archstolen": "resnet18"},
-    # Sha et al., CVPR 2023: one random view to the victim, another to the copy.
+    "conventional": {
+        "losstype": "mse",
+        "lr": 3e-4,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "archstolen": "resnet18",
+    },
+    # Sha et al., CVPR 2023: one random view of each image, the same to both encoders.
     "cont-steal": {
         "losstype": "contsteal",
         "queryaug": True,
-        "useaug": True,
-        "temperature": 0.5,
+        "query_views": "contsteal",
+        "schedule": "constant",
         "archstolen": "resnet18",
     },
     # Liu et al., CCS 2022: one query per image; the copy's features of it and of its augmentations match the answer.
-    "stolenencoder": {"losstype": "stolenencoder", "useaug": True, "copy_views": 9, "archstolen": "resnet34"},
+    "stolenencoder": {
+        "losstype": "stolenencoder",
+        "useaug": True,
+        "views": "stolenencoder",
+        "copy_views": 9,
+        "archstolen": "resnet34",
+    },
     # Wu et al., ECCV 2024: five views of an image have to match the mean answer to ten views of it.
     "rda": {
         "losstype": "rda",
         "n_views": 10,
         "queryaug": True,
+        "query_views": "rda-query",
         "prototype": True,
         "useaug": True,
+        "views": "rda-copy",
         "copy_views": 5,
         "num_queries": 25000,
+        "schedule": "constant",
         "archstolen": "resnet18",
     },
+    # A control, which asks nothing: the attacker's own SimCLR on the images that it would query.
+    OWN: {"losstype": "infonce"},
 }
+
+
+def _unasked(command: Command) -> str | None:
+    return None if command[Attack].asks else f"with --attack {OWN}: the victim is not asked"
 
 
 def _without_views(command: Command) -> str | None:
     return None if command.useaug else "without --useaug: the copy sees what the victim saw"
 
 
+def _without_queryaug(command: Command) -> str | None:
+    if not command[Attack].asks:
+        return _unasked(command)
+    sent = command.n_views > 1 if command.queryaug is None else command.queryaug
+    return None if sent else "without --queryaug: the images themselves are sent"
+
+
+_THE_ATTACKS = "the attack's, else simclr"
+
+
 @dataclass(frozen=True)
 class Attack(Settings):
     """What is asked and what the copy is shown.
 
-    plain_first: set by the loss, if the first of an image's views is the image itself. queryaug: None sends random
-    views if there are several queries per image.
+    queryaug: None sends random views if there are several queries per image. plain_first and unit_answers are set by
+    the loss (see `training.objective.Loss`).
     """
 
     attack: str = setting("direct", "published attack: its settings are the defaults", choices=ATTACKS)
     n_views: int = setting(
-        1, "queries per image", at_least=1, at_most=1000, otherwise="the attack's, or what the loss needs"
+        1,
+        "queries per image",
+        at_least=1,
+        at_most=1000,
+        acts=_unasked,
+        otherwise="the attack's, or what the loss needs",
     )
-    queryaug: bool | None = setting(None, "send random views (default: with several queries per image)")
-    useaug: bool = setting(False, "show the copy fresh random views instead of what the victim saw")
+    queryaug: bool | None = setting(None, "send random views (default: with several queries per image)", acts=_unasked)
+    query_views: str = setting(
+        "simclr",
+        "recipe of the random views sent",
+        choices=VIEW_RECIPES,
+        acts=_without_queryaug,
+        otherwise=_THE_ATTACKS,
+    )
+    useaug: bool = setting(False, "show the copy fresh random views instead of what the victim saw", acts=_unasked)
+    views: str = setting(
+        "simclr",
+        "recipe of the random views that the copy sees",
+        choices=VIEW_RECIPES,
+        acts=_without_views,
+        otherwise=_THE_ATTACKS,
+    )
     copy_views: int = setting(
         1, "fresh views of an image per step", at_least=1, acts=_without_views, otherwise="--n-views"
     )
@@ -74,14 +127,24 @@ class Attack(Settings):
         "the mean answer to an image's queries is the target of all its views",
         acts=lambda command: None if command.n_views > 1 else "with one query per image",
     )
-    repeat: int = setting(1, "repeat each query N times and average the answers", at_least=1)
-    restore: bool = setting(False, "estimate and undo poisoning, rounding, top-k and noise in the answers")
+    repeat: int = setting(1, "repeat each query N times and average the answers", at_least=1, acts=_unasked)
+    jitter: int = setting(
+        0,
+        "change pixels by up to N levels of 255 in each further asking",
+        at_least=0,
+        at_most=255,
+        acts=lambda command: None if command.repeat > 1 else "without --repeat",
+    )
+    restore: bool = setting(
+        False, "estimate and undo poisoning, rounding, top-k and noise in the answers", acts=_unasked
+    )
     max_coverage: float | None = setting(
         None,
         "query images that fall into few buckets; stop when X percent of the attacker's buckets are occupied",
         above=0,
+        acts=_unasked,
     )
-    sybils: int = setting(1, "spread the queries over N accounts and align their answers", at_least=1)
+    sybils: int = setting(1, "spread the queries over N accounts and align their answers", at_least=1, acts=_unasked)
     shared: int = setting(
         0,
         "queries that every account repeats, for the alignment",
@@ -90,6 +153,7 @@ class Attack(Settings):
         acts=lambda command: None if command.sybils > 1 else "without --sybils",
     )
     plain_first: bool = False
+    unit_answers: bool = False
     title = "attack"
 
     @property
@@ -98,7 +162,18 @@ class Attack(Settings):
         return self.n_views > 1 if self.queryaug is None else self.queryaug
 
     @property
-    def views(self) -> int:
+    def asks(self) -> bool:
+        """Whether the victim is asked at all."""
+        return self.attack != OWN
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Why settings of a copy have no effect with this attack, by their names."""
+        names = () if self.asks else ("victimhead", "stolenhead")
+        return dict.fromkeys(names, f"with --attack {OWN}: the victim is not asked")
+
+    @property
+    def rows(self) -> int:
         """Rows per image that the copy sees in a step."""
         return self.copy_views + self.plain_first if self.useaug else self.n_views
 
@@ -108,7 +183,9 @@ class Attack(Settings):
         return self.n_views == 1 or (self.prototype and self.useaug)
 
     def images(self, num_queries: int) -> int:
-        """How many images a budget of queries covers. UserError when that is none."""
+        """How many images a budget of queries covers; without queries as many images. UserError when that is none."""
+        if not self.asks:
+            return num_queries
         if self.sybils > 1 and self.shared < 2:
             raise UserError(f"--shared {self.shared} is too few to align accounts by: give 2 or more, better 100")
         overhead = (self.sybils - 1) * self.shared
@@ -133,9 +210,9 @@ class Attack(Settings):
                 f"{self.copy_views} views for the copy cannot be paired with {self.n_views} answers: give --copy-views "
                 f"{self.n_views}, or --prototype for the mean answer"
             )
-        if self.views < loss.min_views:
+        if self.rows < loss.min_views:
             flag = "--copy-views" if self.useaug else "--n-views"
-            raise UserError(f"this loss compares views: {flag} {self.views} is too few, give {loss.min_views} or more")
+            raise UserError(f"this loss compares views: {flag} {self.rows} is too few, give {loss.min_views} or more")
 
 
 @dataclass(frozen=True)
@@ -155,7 +232,22 @@ class Heads(Settings):
 
 
 # Settings that only steal.py offers; other scripts leave them at their defaults.
-ADAPTIVE = ("attack", "queryaug", "prototype", "repeat", "restore", "max_coverage", "sybils", "shared")
+ADAPTIVE = ("attack", "queryaug", "query_views", "prototype")
+ADAPTIVE = (*ADAPTIVE, "repeat", "jitter", "restore", "max_coverage", "sybils", "shared")
+
+
+def loss_of(attack: str, losstype: str) -> Loss:
+    """The loss of that name for an attack. UserError where an attacker's own encoder is not trained by it."""
+    losses = TRAIN_LOSSES if attack == OWN else STEAL_LOSSES
+    if losstype not in losses:
+        names = ", ".join(name for name in TRAIN_LOSSES if name in STEAL_LOSSES)
+        raise UserError(f"--attack {OWN} has no victim for the loss {losstype}: give --losstype {names}")
+    return losses[losstype]
+
+
+def of_loss(loss: Loss) -> dict[str, bool]:
+    """What the loss says of the attack."""
+    return {"plain_first": loss.plain_first, "unit_answers": loss.unit_answers}
 
 
 def use_attack(command: Command, loss: Loss, preset: Mapping[str, Any], num_queries: int) -> Attack:
@@ -170,6 +262,6 @@ def use_attack(command: Command, loss: Loss, preset: Mapping[str, Any], num_quer
     paired = n_views if useaug and not value("prototype") else loss.min_views
     shared = max(2, num_queries // 20) if value("sybils") > 1 else 0
     layers.append({"queryaug": n_views > 1, "copy_views": paired, "shared": shared})
-    attack = command.use(Attack, *layers, plain_first=loss.plain_first)
+    attack = command.use(Attack, *layers, **of_loss(loss))
     attack.check(loss)
     return attack

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attacks import Attack
@@ -11,6 +12,7 @@ from attacks.records import Kept
 from data_aug.augment import ViewDraws, apply_views, draw_views, rows_of
 from data_aug.datasets import to_float
 from data_aug.images import Batch, Images, send
+from data_aug.recipes import VIEW_RECIPES
 from utils import UserError
 
 
@@ -35,13 +37,17 @@ class Answers:
         return len(self.index)
 
     def to(self, device: torch.device, refine: Callable[[Tensor], Tensor] | None = None) -> "Answers":
-        """The same on a device, refined, with the mean of each image's answers as its target if `prototype` is set."""
+        """The same on a device, refined and, where the loss wants them so, of unit length.
+
+        With `prototype` the mean of an image's answers is its target.
+        """
         if not isinstance(self.rows, Tensor):
             if refine or self.attack.prototype:
                 raise ValueError("answers that stay in a file can be neither refined nor averaged")
             return self
         rows = self.rows.to(device)
         rows = refine(rows) if refine else rows
+        rows = F.normalize(rows, dim=1) if self.attack.unit_answers else rows
         if self.attack.prototype:
             mean = rows.view(self.attack.n_views, len(self), -1).mean(dim=0)
             rows = mean if self.attack.useaug else mean.repeat(self.attack.n_views, 1)
@@ -54,7 +60,8 @@ class Answers:
         if not self.attack.useaug:
             return None
         height, width = self.images.size
-        return draw_views(self.attack.copy_views * len(self), height, width, width, draws)
+        recipe = VIEW_RECIPES[self.attack.views]
+        return draw_views(self.attack.copy_views * len(self), height, width, self.images.view_side, draws, recipe)
 
     def batches(self, index: Sequence[Tensor], device: torch.device, share: Callable[[int], slice]) -> Iterator[Batch]:
         """Batches of the images at these indices: what was sent, or with `useaug` the images, each once.
@@ -83,12 +90,14 @@ class Answers:
         shown = apply_views(batch.images.repeat(attack.copy_views, 1, 1, 1), draws[rows])
         if attack.plain_first:
             shown = torch.cat([to_float(batch.images), shown])
-        return shown, targets.repeat(attack.views * len(batch.index) // len(targets), 1)
+        return shown, targets.repeat(attack.rows * len(batch.index) // len(targets), 1)
 
     def targets(self, rows: Tensor, device: torch.device) -> Tensor:
         """The answers (R, D), float32 on the device, in these rows (R,)."""
-        answers = self.rows[rows]
-        return answers if isinstance(self.rows, Tensor) else send(answers, device)
+        if isinstance(self.rows, Tensor):
+            return self.rows[rows]
+        answers = send(self.rows[rows], device)
+        return F.normalize(answers, dim=1) if self.attack.unit_answers else answers
 
     def only(self, keep: Tensor, rows: Tensor | Kept, *findings: str) -> "Answers":
         """The answers to the images that are to be kept (M,), with the rows that these have."""

@@ -1,16 +1,21 @@
-"""The attack that re-creates the victim's projection head first: its settings, and its victim's API."""
+"""The attack that re-creates the victim's projection head first: its settings, its victim's API, and its copy."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from attacks.victims import CopyInput
 from loss import HEAD_LOSSES, STEAL_LOSSES
-from models import USUAL, SimCLREncoder, arch_name
+from models import USUAL, SimCLREncoder, SimSiamHeads, arch_name, build_copy
 from settings import Command, Settings, setting
-from utils import UserError
+from training.objective import Loss
+from utils import UserError, seeded
 from victim import Api
 
-# The copy sees what was sent, so losses about fresh augmentations are left out.
-LOSSES = {name: loss for name, loss in STEAL_LOSSES.items() if not loss.plain_first}
+# The copy sees what was sent, so losses about fresh augmentations are left out; so are losses of histograms, because
+# projections may be negative.
+LOSSES = {name: loss for name, loss in STEAL_LOSSES.items() if not (loss.plain_first or loss.nonnegative)}
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,11 @@ def open_api(command: Command, encoder: SimCLREncoder, path: Path) -> Api:
         raise UserError(f"under --defence {command.defence} nobody can tell projections apart: leave out --victimhead")
     command.set(out_dim=encoder.out_dim)
     return Api(encoder, "both")
+
+
+def build_head_copy(command: Command, queried: Tensor) -> tuple[SimCLREncoder, SimSiamHeads | None]:
+    """The untrained copy, and heads for a loss that compares their outputs."""
+    normalize = command[CopyInput].normalisation(queried)
+    with seeded(command.seed):
+        model = build_copy(command.archstolen, command.out_dim, normalize, head=True)
+        return model, SimSiamHeads(command.out_dim, command.out_dim) if command.all(Loss)[0].predictor else None

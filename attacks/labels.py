@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from attacks.victims import CopyInput
 from data_aug.datasets import DATASET_NAMES, check_name
-from models import USUAL, SimCLREncoder, arch_name, read_checkpoint
+from models import USUAL, SimCLREncoder, arch_name, build_encoder, read_checkpoint
 from settings import Command, Settings, setting
 from training import finding
-from utils import UserError
+from utils import UserError, seeded
 
 MODES = {"direct": "direct", "standard": "direct", "knockoff": "knockoff"}  # standard is the 2022 name of direct
 
@@ -67,3 +68,10 @@ def open_classifier(command: Command, victim: Path, encoder: SimCLREncoder) -> n
     layer = nn.Linear(*reversed(weight.shape))
     layer.load_state_dict({"weight": weight, "bias": state["fc.bias"]})
     return layer
+
+
+def build_classifier_copy(command: Command, classes: int, queried: Tensor) -> SimCLREncoder:
+    """The untrained copy, with a linear layer on top."""
+    with seeded(command.seed):
+        normalize = command[CopyInput].normalisation(queried)
+        return build_encoder(command.archstolen, classes, normalize, head="linear")

@@ -1,5 +1,6 @@
 """Which images an attacker queries, and which views of them it sends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from attacks import Attack
 from data_aug.augment import random_views
-from data_aug.datasets import DATASET_NAMES, canonical_name, check_name, load_queries, unlabelled_split
+from data_aug.datasets import DATASET_NAMES, SIZE, canonical_name, check_name, load_queries, unlabelled_split
 from data_aug.images import VIEWS, Stored, Streamed, Views, open_pictures
+from data_aug.recipes import VIEW_RECIPES
 from settings import Command, Settings, setting
 from training.record import Record
 from utils import UserError, generator
@@ -37,7 +39,17 @@ class QueryChoice(Settings):
         9000, "budget of the whole attack, in queries", at_least=1, flags=("--num_queries",), title="attack"
     )
     query_order: str = setting(
-        "first", "query the first images, or random images (by the seed)", choices=("first", "random"), title="attack"
+        "first",
+        "query the first images, random images (by the seed), or k centres, far from each other in --query-space",
+        choices=("first", "random", "k-centre"),
+        title="attack",
+    )
+    query_space: Path | None = setting(
+        None,
+        "the attacker's encoder in whose space k-centre chooses: checkpoint, run folder or run name "
+        "(default: the untrained copy)",
+        title="attack",
+        acts=lambda command: None if command.query_order == "k-centre" else "without --query-order k-centre",
     )
     force: bool = setting(
         False,
@@ -49,23 +61,36 @@ class QueryChoice(Settings):
 
 
 def choose_queries(
-    choice: QueryChoice, victim_dataset: str, root: Path, count: int, seed: int = 0, everything: bool = False
+    choice: QueryChoice,
+    victim_dataset: str,
+    root: Path,
+    count: int,
+    seed: int = 0,
+    everything: bool = False,
+    features: Callable[[Tensor], Tensor] | None = None,
+    size: int | None = SIZE,
 ) -> tuple[Stored, Tensor, Record]:
     """The attacker's images (N), their labels (N,), and the record of where they are from.
 
-    The images come from `data_aug.datasets.load_queries`: the first `count`, or random images (by the seed). With
-    `everything` they are all images, for an attacker who chooses among them. UserError for fewer than `count` images.
+    The images come from `data_aug.datasets.load_queries`: `count` of them, in the order chosen. With `everything` they
+    are all images, for an attacker who chooses among them. features: uint8 images (M, 3, H, W) -> (M, D), the space of
+    k-centre. size: None for the images' own size; their views have the usual size. UserError for fewer than `count`
+    images.
     """
-    images, labels, split = load_queries(choice.datasetsteal, victim_dataset, root, choice.force)
+    images, labels, split = load_queries(choice.datasetsteal, victim_dataset, root, choice.force, size)
     if count > len(images):
         raise UserError(
             f"this budget takes {count} images, the {split} split of {choice.datasetsteal} has {len(images)} to query: "
             f"lower --num_queries"
         )
     count = len(images) if everything else count
-    indices = query_order(choice.query_order, len(images), count, seed)
-    record = Record(query_set={"dataset": choice.datasetsteal, "split": split, "images": count}, query_indices=indices)
-    return Stored(images[indices]), labels[indices], record
+    if choice.query_order == "k-centre":
+        indices = k_centres(features(images), count, seed)
+    else:
+        indices = query_order(choice.query_order, len(images), count, seed)
+    asked = {"dataset": choice.datasetsteal, "split": split, "images": count, "available": len(images)}
+    record = Record(query_set=asked, query_indices=indices)
+    return Stored(images[indices], SIZE), labels[indices], record
 
 
 @dataclass(frozen=True)
@@ -112,12 +137,31 @@ def query_order(order: str, total: int, count: int, seed: int) -> Tensor:
     return torch.arange(count)
 
 
+def k_centres(features: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Indices (count,) of k centres of features (N, D), in the order in which they are chosen.
+
+    The greedy algorithm (Gonzalez, 1985; Sener & Savarese, ICLR 2018): the seed draws the first centre, and each next
+    centre is the point that is farthest, by Euclidean distance, from all centres so far.
+    """
+    centre = torch.randint(len(features), (1,), generator=generator(seed, "query order")).to(features.device)
+    norms = features.square().sum(dim=1)
+    nearest = torch.full_like(norms, torch.inf)
+    centres = torch.empty(count, dtype=torch.int64, device=features.device)
+    for place in range(count):
+        centres[place] = centre[0]
+        distance = norms + norms[centre] - 2 * (features @ features[centre[0]])
+        nearest = torch.minimum(nearest, distance)
+        nearest[centre] = -torch.inf  # nor is a copy of a centre, at distance 0, taken for that centre again
+        centre = nearest.argmax(keepdim=True)
+    return centres.cpu()
+
+
 def queries_sent(images: Stored, attack: Attack, draws: torch.Generator) -> Stored:
     """The n_views * N images that are sent, view-major, in 8 bits as an API takes them."""
     if not attack.sends_views:
         return Stored(images.tensor.repeat(attack.n_views, 1, 1, 1)) if attack.n_views > 1 else images
-    sent = []
+    sent, recipe = [], VIEW_RECIPES[attack.query_views]
     for _ in range(attack.n_views):
         for part in images.tensor.split(1024):
-            sent.append((random_views(part, part.shape[-1], draws) * 255).round().to(torch.uint8))
+            sent.append((random_views(part, images.view_side, draws, recipe) * 255).round().to(torch.uint8))
     return Stored(torch.cat(sent))

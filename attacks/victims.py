@@ -1,24 +1,33 @@
 """Which victim and which copy: their flags, the encoders that these name, and the runs below an encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_aug.datasets import DATASET_NAMES, check_name
+from torch import Tensor
+
+from attacks import OWN, Attack
+from attacks.queries import QueryChoice, choose_queries
+from data_aug.datasets import DATASET_NAMES, channel_statistics, check_name, source_size
+from data_aug.images import Stored
 from loss import TRAIN_LOSSES
 from models import ARCHITECTURES, LARGE, USUAL, SimCLREncoder, arch_name, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
+from models.simclr import Normalize
 from settings import Command, Settings, setting
-from training.finding import check_finished, check_named, find, home_of, say_next
+from training.finding import check_finished, check_named, find, home_of, locate, say_next
+from training.recipe import Recipe
 from training.record import Record
 from training.released import released_settings
+from training.represent import represent
 from training.run import Run, open_run
 from utils import Precision
 from victim import version_of
 
 # Flags that name a copy's victim, and the settings of the victim's run that they stand for.
 VICTIM_SETTINGS = {"dataset": "dataset", "arch": "arch", "epochstrain": "epochs", "lossvictim": "losstype"}
+PROJECTION = 128  # width of the projections of an attacker's own SimCLR
 OTHER = "other"  # the data set of a victim from elsewhere, where it is none that an attacker has
 
 
@@ -47,7 +56,7 @@ class VictimChoice(Settings):
         flags=("-a", "--arch"),
         otherwise="the victim's",
     )
-    epochstrain: int = setting(200, "epochs the victim was trained for", at_least=1, otherwise="the victim's")
+    epochstrain: int = setting(200, "epochs the victim was trained for", at_least=0, otherwise="the victim's")
     lossvictim: str = setting(
         "infonce", "loss the victim was trained with", choices=TRAIN_LOSSES, otherwise="the victim's"
     )
@@ -78,6 +87,23 @@ class Copy(Settings):
     stolenhead: bool = setting(False, "give the copy a head, whose outputs match the answers")
     watermark: bool = setting(False, "steal a watermarked victim, and test the copy for the watermark")
     title = "copy"
+
+
+@dataclass(frozen=True)
+class CopyInput(Settings):
+    """How the copy sees images. The victim's own normalisation is not the attacker's to know."""
+
+    copy_normalize: str = setting(
+        "queries",
+        "by what the copy normalises images: the channel statistics of the images queried, or nothing",
+        choices=("queries", "none"),
+        otherwise="queries; with --recipe released none",
+    )
+    title = "copy"
+
+    def normalisation(self, queried: Tensor) -> Normalize | None:
+        """Mean and deviation of each channel, for the copy; queried: uint8 images (N, 3, H, W)."""
+        return channel_statistics(queried) if self.copy_normalize == "queries" else None
 
 
 def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimCLREncoder:
@@ -117,12 +143,35 @@ def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREnco
 def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Record, precision: Precision) -> Run:
     """The run of an attack, below its victim's run; prints what is stolen and how."""
     run = open_run(command, home_of(victim, command.checkpoint_dir), precision, victim=str(victim))
-    record.stolen_from = version_of(encoder)
+    record.stolen_from = version_of(encoder) if command.attack != OWN else None
     run.record = record
     queried, split = record.query_set, record.query_set["split"]
     print(f"copy: {command.archstolen}, {queried['images']} images of {queried['dataset']} ({split}), {precision}")
     print(command.line())
     return run
+
+
+def choose(
+    command: Command,
+    count: int,
+    untrained: Callable[[Tensor], SimCLREncoder],
+    precision: Precision,
+    everything: bool = False,
+) -> tuple[Stored, Tensor, Record]:
+    """`choose_queries` by the flags. The space of k-centre is --query-space or the copy `untrained(images)`."""
+
+    def features(images: Tensor) -> Tensor:
+        if command.query_space is None:
+            encoder = untrained(images)
+        else:
+            path = locate(command.query_space, command.checkpoint_dir)
+            encoder = encoder_of(read_checkpoint(path), path)
+        return represent(encoder.to(precision.device), images, precision)
+
+    choice, attacks = command[QueryChoice], command.all(Attack)
+    only_views = any(attack.sends_views and not attack.useaug for attack in attacks)
+    size = source_size(choice.datasetsteal, only_views and command[Recipe].recipe == "released")
+    return choose_queries(choice, command.dataset, command.data, count, command.seed, everything, features, size)
 
 
 def open_evaluation(command: Command, path: Path, encoder: SimCLREncoder, precision: Precision, **more: Any) -> Run:

@@ -45,7 +45,7 @@ def slow_softnn(copy, victim, temperature=100.0, views=1):
         near = [torch.exp(-((rows[i] - row) ** 2).sum() / temperature) for row in rows]
         everyone = sum(near[j] for j in range(len(rows)) if j != i)
         positive = sum(near[j] for j in range(len(rows)) if j != i and j % images == i % images)
-        total = total - torch.log(1e-9 + positive / everyone)
+        total = total - torch.log(positive / everyone)
     return total / len(rows)
 
 
@@ -112,34 +112,49 @@ def slow_symmetrized(copy, victim, views=2):
     return sum(terms) / len(terms)
 
 
-def slow_contrast(copy, victim, temperature, views, matched_counts):
+def unit(rows):
+    return torch.stack([row / row.norm() for row in rows])
+
+
+def slow_contrast(copy, victim, temperature, views, matched_counts, victim_anchors=False):
+    """By products of the rows as they are."""
     images, total = len(copy) // views, 0.0
     for row in range(len(copy)):
         view, i = divmod(row, images)
-
-        def near(other, row=row):
-            return torch.exp(torch.dot(copy[row], other) / copy[row].norm() / other.norm() / temperature)
-
-        others = [j + view * images for j in range(images) if j != i]
-        denominator = sum(near(victim[j]) + near(copy[j]) for j in others)
-        matched = near(victim[row])
+        denominator = 0.0
+        for j in [j + view * images for j in range(images) if j != i]:
+            cross = torch.dot(victim[row], copy[j]) if victim_anchors else torch.dot(copy[row], victim[j])
+            denominator = denominator + torch.exp(cross / temperature)
+            denominator = denominator + torch.exp(torch.dot(copy[row], copy[j]) / temperature)
+        matched = torch.exp(torch.dot(copy[row], victim[row]) / temperature)
         total = total - torch.log(matched / (denominator + matched_counts * matched))
     return total / len(copy)
 
 
 def slow_contsteal(copy, victim, temperature=0.5, views=1):
-    return slow_contrast(copy, victim, temperature, views, matched_counts=1)
+    return slow_nt_xent(torch.cat([copy, victim]), len(copy) // views, temperature)
+
+
+def slow_contsteal_paper(copy, victim, temperature=0.5, views=1):
+    return slow_contrast(unit(copy), unit(victim), temperature, views, matched_counts=1)
+
+
+def slow_contsteal_rda(copy, victim, temperature=0.07, views=1):
+    return slow_contrast(unit(copy), unit(victim), temperature, views, matched_counts=0, victim_anchors=True)
 
 
 def slow_rda(copy, victim, temperature=0.07, views=1):
+    copy = unit(copy)
     total = slow_contrast(copy, victim, temperature, views, matched_counts=0)
     for s, p in zip(copy, victim, strict=True):
-        angle = torch.dot(s, p) / s.norm() / p.norm() + 1
+        angle = torch.dot(s, p) / p.norm() + 1
         total = total - torch.log((angle + 1e-6) / (((s - p) ** 2).sum() + 1e-6)) / len(copy)
     return total
 
 
 def slow_stolenencoder(copy, victim, views=1, lambda_aug=9.0, distance="l2"):
+    copy, victim = unit(copy), unit(victim)
+
     def between(a, b):
         if distance == "l2":
             return torch.sqrt(((a - b) ** 2).sum())
@@ -147,8 +162,8 @@ def slow_stolenencoder(copy, victim, views=1, lambda_aug=9.0, distance="l2"):
 
     each = [between(a, b) for a, b in zip(copy, victim, strict=True)]
     images = len(copy) // views
-    augmented = sum(each[images:]) / len(each[images:]) if views > 1 else 0.0
-    return sum(each[:images]) / images + lambda_aug * augmented
+    augmented = sum(each[images:]) / (views - 1) if views > 1 else 0.0
+    return sum(each[:images]) + lambda_aug * augmented
 
 
 SLOW = {
@@ -163,6 +178,8 @@ SLOW = {
     "cosine": slow_cosine,
     "bce": slow_bce,
     "contsteal": slow_contsteal,
+    "contsteal-paper": slow_contsteal_paper,
+    "contsteal-rda": slow_contsteal_rda,
     "stolenencoder": slow_stolenencoder,
     "rda": slow_rda,
 }

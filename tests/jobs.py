@@ -71,7 +71,7 @@ COMPARING = {
     "infonce, 3 views": (lambda a, b, labels: loss.infonce(a, b, views=3), 3),
     "softnn": (lambda a, b, labels: loss.softnn(a, b, 5.0, views=2), 2),
     "supcon": (lambda a, b, labels: loss.supcon(a, b, labels), 1),
-    "barlow": (lambda a, b, labels: loss.barlow_stealing(a, b), 1),
+    "barlow": (lambda a, b, labels: loss.barlow_twins(a, b), 1),
     "contsteal": (lambda a, b, labels: loss.contsteal(a, b, views=2), 2),
     "rda": (lambda a, b, labels: loss.rda(a, b, views=2), 2),
     # These compare rows of the same image only.

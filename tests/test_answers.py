@@ -115,13 +115,13 @@ def test_with_useaug_the_copy_sees_views_of_its_own(queryaug, views, images, dra
 @pytest.mark.parametrize("plain_first", [False, True])
 def test_with_useaug_every_row_of_an_image_has_its_one_answer(plain_first, images, draws):
     attack = Attack(useaug=True, copy_views=3, plain_first=plain_first)
-    assert attack.views == 3 + plain_first
+    assert attack.rows == 3 + plain_first
     index = [7, 2, 5, 0]
     shown, targets = step(answers_of(images, images, torch.arange(12.0)[:, None], attack), index, draws)
-    assert targets[:, 0].tolist() == [7, 2, 5, 0] * attack.views
+    assert targets[:, 0].tolist() == [7, 2, 5, 0] * attack.rows
     assert torch.equal(shown[:4], images[index] / 255) == plain_first
-    views = shown.view(attack.views, 4, 3, 32, 32)
-    assert all(not torch.equal(views[a], views[b]) for a in range(attack.views) for b in range(a))
+    views = shown.view(attack.rows, 4, 3, 32, 32)
+    assert all(not torch.equal(views[a], views[b]) for a in range(attack.rows) for b in range(a))
 
 
 def test_with_useaug_and_an_answer_for_each_view_they_are_paired(images, draws):
@@ -139,8 +139,8 @@ def test_the_prototype_is_the_mean_answer(useaug, images, draws):
     sent = queries_sent(Stored(images), attack, draws).tensor
     shown, targets = step(answers_of(images, sent, rows, attack), [11, 4], draws)
     expected = torch.stack([rows[[i + 12 * view for view in range(5)]].mean(dim=0) for i in (11, 4)])
-    assert len(shown) == 2 * attack.views
-    torch.testing.assert_close(targets, expected.repeat(attack.views, 1))
+    assert len(shown) == 2 * attack.rows
+    torch.testing.assert_close(targets, expected.repeat(attack.rows, 1))
 
 
 def test_answers_are_refined_before_they_are_averaged(images, draws):
@@ -179,9 +179,9 @@ def test_streamed_and_stored_images_give_the_same_batch(share, attack, write_npz
         assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
         assert torch.equal(batch.images, everything.images[batch.local])
         assert torch.equal(shown, shown_other)
-        assert len(shown) == attack.views * len(batch.local)
+        assert len(shown) == attack.rows * len(batch.local)
         assert targets.dtype == targets_other.dtype == torch.float32
-        assert len(targets) == attack.views * len(batch.index)
+        assert len(targets) == attack.rows * len(batch.index)
         torch.testing.assert_close(targets, targets_other, rtol=1e-3, atol=1e-6)
         assert torch.equal(targets_other, targets_other.half().float())
     assert victim.ledger.queries == 40

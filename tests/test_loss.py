@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from attacks import ATTACKS
 from loss import DISTANCES, HEAD_LOSSES, LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES, nt_xent
 from settings import settings_of
 from tests.formulas import SLOW, SLOW_TRAINING, slow_labels, slow_mse_between_views, slow_rda, slow_stolenencoder
@@ -118,15 +117,10 @@ def test_bound_hyper_parameters_are_those_that_the_loss_is_computed_with(name):
 
 @pytest.mark.parametrize("table", TABLES, ids=TABLES)
 def test_declared_defaults_are_those_of_the_function(table):
-    """`loss(copy, victim)` by itself and a script without flags compute the same.
-
-    But for Cont-Steal's temperature: the function has the published one, as the attack's preset does, --losstype not.
-    """
-    for name, loss in TABLES[table].items():
+    """`loss(copy, victim)` by itself and a script without flags compute the same."""
+    for loss in TABLES[table].values():
         for key, declared in settings_of(loss).items():
-            default = 0.07 if name == "contsteal" else arguments(loss)[declared.argument or key].default
-            assert declared.default == default
-    assert ATTACKS["cont-steal"]["temperature"] == arguments(STEAL_LOSSES["contsteal"])["temperature"].default
+            assert declared.default == arguments(loss)[declared.argument or key].default
 
 
 @pytest.mark.parametrize(
@@ -152,7 +146,7 @@ def test_presets_of_published_recipes():
     decays = {name: loss.presets["weight_decay"] for name, loss in STEAL_LOSSES.items()}
     assert decays == {
         **dict.fromkeys(STEAL_LOSSES, 1e-4),
-        **{"contsteal": 0.0, "rda": 0.0, "stolenencoder": 5e-4},
+        **{"contsteal": 0.0, "contsteal-paper": 0.0, "stolenencoder": 5e-4},
     }
     assert TRAIN_LOSSES["supervised"].presets == {
         **{"batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "optimizer": "sgd", "momentum": 0.9}
@@ -242,7 +236,7 @@ def rank_of_match(copy, victim):
 # What a loss is about: larger is closer to the victim, and where a copy that learnt it should end at least.
 ABOUT = {
     "infonce": (rank_of_match, 0.99),
-    "contsteal": (rank_of_match, 0.99),
+    **dict.fromkeys(("contsteal", "contsteal-paper", "contsteal-rda", "rda"), (rank_of_match, 0.99)),
     "softnn": (lambda a, b: -torch.cdist(a, b).diagonal().mean(), -0.3),
     "supcon": (same_label_cosine, 0.1),
     "symmetrized": (cosine_of, 0.98),
@@ -252,8 +246,7 @@ ABOUT = {
     "softce": (lambda a, b: -(a.softmax(1) - b.softmax(1)).abs().sum(1).mean(), -0.05),
     "bce": (lambda a, b: ((a > 0) == (b > 0)).float().mean(), 0.99),
     "wasserstein": (lambda a, b: -STEAL_LOSSES["wasserstein"](a, b), -0.1),
-    "stolenencoder": (lambda a, b: -(a - b).norm(dim=1).mean(), -0.3),
-    "rda": (lambda a, b: -(a - b).norm(dim=1).mean(), -0.3),
+    "stolenencoder": (cosine_of, 0.99),
 }
 
 
@@ -308,10 +301,52 @@ def test_softnn_survives_distances_whose_exponential_underflows(distance):
     (gradient,) = torch.autograd.grad(value, copy)
     assert value.isfinite()
     assert gradient.isfinite().all()
-    assert value.item() == pytest.approx(-math.log(1 + 1e-9), abs=1e-3)
-    # Every row nearest to another image's row: the share is 0 and only the formula's 1e-9 is left.
+    assert value.item() == pytest.approx(0, abs=1e-3)
+    # Every row nearest to another image's row: the loss is how much farther the image's own row is.
     wrong = STEAL_LOSSES["softnn"](copy.detach(), copy.detach().roll(1, 0))
-    assert wrong.item() == pytest.approx(-math.log(1e-9), rel=1e-3)
+    assert wrong.item() == pytest.approx(2 * distance**2 / 100, rel=1e-3)
+
+
+@pytest.mark.parametrize("defence", ["noise", "poisoning"])
+def test_softnn_has_a_gradient_under_the_default_defences(defence):
+    """The floor of the 2022 formula, 1e-9, made it exactly 0: the attack trained on nothing, without a word."""
+    copy, victim = features(32, 64, scale=2.0)
+    answers = victim + 5 + 0.5 * torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    if defence == "poisoning":
+        answers = 1000 + 0.5 * torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    copy.requires_grad_()
+    (gradient,) = torch.autograd.grad(STEAL_LOSSES["softnn"](copy, answers), copy)
+    assert gradient.isfinite().all()
+    assert (gradient.abs().amax(dim=1) > 0).all()
+
+
+def test_wasserstein_refuses_rows_that_are_no_histograms():
+    copy, victim = features(5, 6)
+    for rows in ((copy - 0.5, victim), (copy, victim - 0.5)):
+        with pytest.raises(UserError, match=r"a row has a negative number: give another --losstype$"):
+            STEAL_LOSSES["wasserstein"](*rows)
+
+
+def test_cont_steal_as_released_is_infonce_at_its_temperature():
+    copy, victim = features(6, 8)
+    released, paper, rda = (STEAL_LOSSES[name] for name in ("contsteal", "contsteal-paper", "contsteal-rda"))
+    torch.testing.assert_close(released(copy, victim), STEAL_LOSSES["infonce"](copy, victim, temperature=0.5))
+    torch.testing.assert_close(released(copy, victim), released(victim, copy))  # both ways
+    assert not torch.isclose(paper(copy, victim), paper(victim, copy), rtol=1e-4)
+    assert not torch.isclose(rda(copy, victim, temperature=0.5), paper(copy, victim), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stolenencoder", "rda", "contsteal", "contsteal-paper", "contsteal-rda"])
+def test_the_scale_of_the_copys_rows_does_not_matter_to_losses_of_unit_rows(name):
+    copy, victim = features(6, 8, views=2)
+    loss = functools.partial(STEAL_LOSSES[name], views=2)
+    torch.testing.assert_close(loss(3 * copy, victim), loss(copy, victim))
+
+
+def test_stolenencoder_sums_over_the_batch():
+    copy, victim = features(6, 8)
+    halves = [STEAL_LOSSES["stolenencoder"](copy[part], victim[part]) for part in (slice(2), slice(2, 6))]
+    torch.testing.assert_close(STEAL_LOSSES["stolenencoder"](copy, victim), sum(halves))
 
 
 def test_softnn_far_from_the_origin_keeps_its_precision():

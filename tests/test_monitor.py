@@ -1,5 +1,6 @@
 """What the trainer looks at: the loss, the spread of the features, and the time that is left."""
 
+import dataclasses
 import math
 import time
 
@@ -23,7 +24,7 @@ from victim import Victim
 def watch(folder, device="cpu", steps=4, recipe=Recipe(), **more):  # noqa: B008 -- frozen
     run = Run(folder, Precision("fp32", torch.device(device)))
     run.start()
-    return Watch(run, recipe, 2, steps, 0.1, **more)
+    return Watch(run, recipe, 2, [recipe.batch_size] * steps, 0.1, **more)
 
 
 def test_spread_is_the_mean_deviation_of_unit_rows(tmp_path):
@@ -46,6 +47,24 @@ def test_evenly_spread_rows_have_the_spread_that_collapse_is_measured_by(tmp_pat
             epoch.add(torch.tensor(0.0), features)
         assert epoch.close()[1] == pytest.approx(64**-0.5, rel=0.01)
         assert epoch.even == 64**-0.5
+
+
+def test_a_loss_without_a_gradient_says_so(tmp_path, images):
+    """SoftNN with the floor of the 2022 formula, on answers that a defence has moved far away."""
+
+    def with_floor(copy, victim):
+        share = torch.exp(-STEAL_LOSSES["softnn"](copy, victim))
+        return -torch.log(1e-9 + share)
+
+    victim = Victim(small_encoder(seed=0), defences=[Applied(lambda answers: answers + 1000)])
+    loss = dataclasses.replace(STEAL_LOSSES["mse"], function=with_floor)
+    job = SimCLR(small_encoder(), loss, Recipe(epochs=2, batch_size=4), Run(tmp_path / "floor", FP32))
+    with pytest.raises(UserError, match=r"the loss is 20\.7\d and its gradient is 0 for every weight, .* give another"):
+        job.steal(Stored(images), victim)
+    job = SimCLR(small_encoder(), STEAL_LOSSES["softnn"], job.recipe, Run(tmp_path / "without", FP32))
+    before = [weight.detach().clone() for weight in job.model.parameters()]
+    job.steal(Stored(images), Victim(small_encoder(seed=0), defences=[Applied(lambda answers: answers + 1000)]))
+    assert any(not torch.equal(a, b) for a, b in zip(before, job.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

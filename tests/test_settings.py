@@ -198,7 +198,7 @@ def test_presets_apply_only_where_nothing_was_given(module, losses):
 
 def test_an_attacks_values_come_before_the_losss_and_after_what_was_given():
     recipe = parse(steal, "--attack conventional")[Recipe]
-    assert (recipe.lr, recipe.weight_decay, recipe.batch_size) == (3e-4, 1e-4, 64)
+    assert (recipe.lr, recipe.weight_decay, recipe.batch_size) == (3e-4, 0.0, 64)
     assert parse(steal, "--attack conventional --lr 0.1 --wd 0.5")[Recipe].weight_decay == 0.5
     assert parse(steal, "--attack rda --wd 0.5")[Recipe].weight_decay == 0.5
 
@@ -219,9 +219,10 @@ PUBLISHED = [
             **dict.fromkeys(("mse", "cosine", "softce", "bce", "wasserstein"), (64, 0.001, 1e-4, *ADAM)),
             "barlow": (256, 1e-3, 1e-4, *ADAM),
             "symmetrized": (256, 0.05, 1e-4, *SGD),
-            "contsteal": (32, 3e-4, 0.0, *ADAM),
+            **dict.fromkeys(("contsteal", "contsteal-paper"), (32, 3e-4, 0.0, *ADAM)),
+            "contsteal-rda": (100, 1e-3, 1e-4, *ADAM),
             "stolenencoder": (64, 1e-3, 5e-4, *SGD),
-            "rda": (100, 1e-3, 0.0, *ADAM),
+            "rda": (100, 1e-3, 1e-4, *ADAM),
         },
     ),
     (LABEL_LOSSES, {"direct": (64, 3e-4, 8e-4, *ADAM), "knockoff": (64, 0.01, 5e-4, "sgd", 0.5)}),
@@ -254,7 +255,7 @@ def test_the_2022_command_lines_parse():
         command = parse(module, line)
         assert command.arch == "resnet34"
         assert str(command.data) == "datasets"
-    assert (command.modeltype, command.epochs, command.lr, command.num_labeled) == ("stolen", 100, 1e-4, 50000)
+    assert (command.modeltype, command.epochs, command.lr, command.num_labeled) == ("stolen", 100, 1e-3, 50000)
 
 
 def test_batch_files_of_2022_that_say_what_holds_anyway_are_accepted():
@@ -393,7 +394,8 @@ def test_defences_are_true_false_or_a_list(module):
 
 def test_defence_true_follows_the_loss_as_in_2022():
     for losstype in STEAL_LOSSES:
-        expected = "poisoning" if losstype in ("infonce", "softnn", "contsteal", "rda") else "noise"
+        poisoned = losstype in ("infonce", "softnn", "rda") or losstype.startswith("contsteal")
+        expected = "poisoning" if poisoned else "noise"
         assert parse(steal, f"--defence True --losstype {losstype}").defence == expected
         assert parse(legitimate, f"--defence --losstype {losstype}").defence == expected
     assert parse(stealhead, "--defence True --losshead mse").defence == "noise"

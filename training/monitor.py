@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -29,10 +30,12 @@ def spread_of(features: Tensor) -> Tensor:
 class Watch:
     """Watches an epoch of a run; a context manager that shows the progress.
 
-    UserError for a loss that is not finite, and at the end of an epoch whose features have collapsed.
+    UserError for a loss that is not finite, and at the end of an epoch whose features have collapsed, or whose loss had
+    no gradient.
 
-    target_spread: spread of the targets that the features have to match, if any. seen: what `so_far` returned when the
-    epoch was interrupted. clock: the time and the step of the whole run at which this process began.
+    sizes: of the epoch's batches. target_spread: spread of the targets that the features have to match, if any. seen:
+    what `so_far` returned when the epoch was interrupted. clock: the time and the step of the whole run at which this
+    process began.
     """
 
     def __init__(
@@ -40,27 +43,29 @@ class Watch:
         run: Run,
         recipe: Recipe,
         epoch: int,
-        steps: int,
+        sizes: Sequence[int],
         lr: float,
         target_spread: float = math.inf,
         seen: tuple[list[float], list[float]] = ((), ()),
         clock: tuple[float, int] | None = None,
     ):
-        self.run, self.recipe, self.epoch, self.steps, self.lr = run, recipe, epoch, steps, lr
+        self.run, self.recipe, self.epoch, self.lr = run, recipe, epoch, lr
+        self.sizes, self.steps = sizes, len(sizes)
         self.target_spread = target_spread
         self.losses, self.spreads = map(list, seen)
         self.begun, self.started = len(self.losses), time.perf_counter()
-        self.clock = clock or (self.started, epoch * steps + self.begun)
+        self.clock = clock or (self.started, epoch * self.steps + self.begun)
         on_cpu = run.precision.device.type == "cpu"
         self.interval = 1 if on_cpu else min(STEPS_BETWEEN_READS, recipe.print_freq or STEPS_BETWEEN_READS)
         self.pending: list[Tensor] = []
         self.even = 0.0  # the spread of rows that are evenly spread
+        self.gradient: Tensor | None = None  # the largest entry of the first step's gradients
 
     def __enter__(self) -> "Watch":
         # Shown at once, before the first step.
         self.bar = tqdm(
-            total=self.steps * self.recipe.batch_size,
-            initial=self.begun * self.recipe.batch_size,
+            total=sum(self.sizes),
+            initial=sum(self.sizes[: self.begun]),
             desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
             unit="img",
             unit_scale=True,
@@ -78,7 +83,14 @@ class Watch:
         self.pending.append(torch.stack([loss, spread_of(features)]))
         if len(self.pending) >= self.interval:
             self._read()
-        self.bar.update(self.recipe.batch_size)
+        self.bar.update(self.sizes[len(self.losses) + len(self.pending) - 1])
+
+    def add_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients of the first step; those of later steps are not looked at."""
+        if self.gradient is None:
+            groups = optimizer.param_groups
+            there = [weight.grad for group in groups for weight in group["params"] if weight.grad is not None]
+            self.gradient = torch.nn.utils.get_total_norm(there, math.inf)
 
     def _read(self) -> None:
         for loss, spread in torch.stack(self.pending).tolist():
@@ -125,6 +137,11 @@ class Watch:
     def close(self) -> tuple[float, float]:
         """The epoch's mean loss, and mean spread: the features' standard deviation per dimension, rows of length 1."""
         loss, spread = (sum(values) / len(values) for values in self.so_far())
+        if self.gradient is not None and self.gradient == 0:
+            raise UserError(
+                f"the loss is {loss:.4g} and its gradient is 0 for every weight, so that nothing is learnt: "
+                f"give another --losstype, or a larger temperature; {self._kept()}"
+            )
         expected = min(self.even, self.target_spread)
         if spread < COLLAPSED * expected:
             raise UserError(

@@ -24,8 +24,10 @@ class Loss:
     """A loss with its hyper-parameters as published, and what it needs: `loss(copy, victim, **arguments)`.
 
     settings: its hyper-parameters, which become flags; values: their values, set by `bind`. min_views: the fewest rows
-    per image. plain_first: the first row of an image is the image itself, the others are augmentations. predictor: the
-    loss compares the outputs of SimSiam's heads. augment: the random views of a victim's training.
+    per image. plain_first: the first row of an image is the image itself, the others are augmentations. unit_answers:
+    answers are brought to unit length before they are averaged or compared. nonnegative: no row may have a negative
+    number. predictor: the loss compares the outputs of SimSiam's heads. augment: the recipe of a victim's random views,
+    a name in `VIEW_RECIPES`.
 
     A function with an argument `views` gets the number of rows per image, a function with an argument `labels` the
     labels of the batch's images.
@@ -40,6 +42,8 @@ class Loss:
     settings: Mapping[str, Any] = field(default_factory=dict)
     min_views: int = 1
     plain_first: bool = False
+    unit_answers: bool = False
+    nonnegative: bool = False
     predictor: bool = False
     augment: str = "simclr"
     values: Mapping[str, Any] = field(default_factory=dict)

@@ -27,7 +27,7 @@ class Recipe(Settings):
     seed: seeds every random draw. recipe: see `Protocol`; `released` changes the schedule, see `learning_rate`.
     """
 
-    epochs: int = setting(100, "epochs", at_least=1)
+    epochs: int = setting(100, "epochs; 0 saves the untrained model, a control", at_least=0)
     batch_size: int = setting(256, "images per batch", at_least=1, flags=("-b", "--batch-size"), otherwise="the loss's")
     lr: float = setting(1e-3, "learning rate", above=0, flags=("--learning-rate", "--lr"), otherwise="the loss's")
     weight_decay: float = setting(
@@ -42,7 +42,18 @@ class Recipe(Settings):
         acts=lambda command: "with --optimizer adam" if command.optimizer == "adam" else None,
         otherwise="the loss's",
     )
-    flat_epochs: int = setting(10, "epochs before the learning rate begins to fall by a cosine", at_least=0)
+    schedule: str = setting(
+        "cosine",
+        "learning rate over the epochs",
+        choices=("cosine", "constant"),
+        otherwise="the attack's, else cosine",
+    )
+    flat_epochs: int = setting(
+        10,
+        "epochs before the learning rate begins to fall by a cosine",
+        at_least=0,
+        acts=lambda command: "with --schedule constant" if command.schedule == "constant" else None,
+    )
     log_every_n_steps: int = setting(200, "steps between tensorboard's points of the loss", at_least=1, named=False)
     print_freq: int | None = setting(
         None, "steps between printed lines (default: none)", at_least=1, flags=("-p", "--print-freq"), named=False
@@ -80,11 +91,14 @@ def use_large_recipe(command: Command, batch_size: int) -> Recipe:
 
 
 def learning_rate(recipe: Recipe, epoch: int, steps_per_epoch: int) -> float:
-    """The learning rate of an epoch, counted from 0: the base rate through epoch `flat_epochs`, then a cosine.
+    """The learning rate of an epoch, counted from 0: constant, or the base rate through `flat_epochs`, then a cosine.
 
-    The cosine's half period is the number of epochs that are left. The released recipe takes the number of batches in
-    an epoch instead, as the 2022 code did: its rate may come back up, or hardly fall.
+    The cosine's half period is the number of epochs that are left. The released recipe takes `steps_per_epoch` instead,
+    as the 2022 code did, where these are the batches of all images that can be queried, whatever the budget: its rate
+    may come back up, or hardly fall.
     """
     period = steps_per_epoch if recipe.recipe == "released" else max(1, recipe.epochs - recipe.flat_epochs)
+    if recipe.schedule == "constant":
+        return recipe.lr
     since = max(0, epoch - recipe.flat_epochs)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * since / period))
