@@ -2,10 +2,12 @@
 
 python detect.py -data ./datasets --dataset cifar10 --victim checkpoints/VICTIM/checkpoint.pth.tar
 
-Every stream is an account of the detector (defenses/detection.py), which sees the representations of its queries. All
-streams have the same length, since some statistics grow with it. Users have a task: they query images of a few classes
-of the attackers' data set, or with --dataset-users images of another data set. An AUC below 0.5 means that users look
-more like attackers than the attackers do. Streams of a kind share images, so they are not independent.
+Every stream is an account of the detector (defenses/detection.py), which sees the representations of its queries, and
+of PRADA (defenses/prada.py), which sees the images and what the owner's own classifier says of them. Some statistics
+grow with a stream, so every attack spends as many queries as a user; sybils share them out among their accounts. Users
+have a task: they query images of a few classes of the attackers' data set, or with --dataset-users images of another
+data set. An AUC below 0.5 means that users look more like attackers than the attackers do. Streams of a kind share
+images, so they are not independent.
 """
 
 import time
@@ -19,11 +21,13 @@ from attacks import victims
 from data_aug.datasets import Data, load_labelled
 from defenses.detection import Detection
 from evaluation.encoders import open_owner
-from evaluation.streams import Streams, load_others, score_all, stream_figures, stream_table
+from evaluation.streams import Streams, load_others, part_images
+from evaluation.watching import owner_classifier, score_all, stream_figures, stream_table
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from settings import Command, Parser, Settings, setting, settings_of
 from training import finding
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,18 @@ def main() -> None:
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
     images, labels = load_labelled(streams.dataset, command.data, "test")
     asked = images, labels, load_others(streams, command.data)
-    scores, parting = score_all(streams, detector, encoder, precision, asked, machine.seed)
-    figures = stream_figures(scores)
+    *parts, parting = part_images(labels, streams.stream_length, streams.user_classes, machine.seed)
+    owner = trained.get("dataset") or streams.dataset
+    try:
+        classify, said = owner_classifier(streams, owner, encoder, precision, command.data, machine.seed)
+    except UserError as error:
+        classify, said = None, f"without PRADA, which needs labelled images of the owner's: {error}"
+    scores = score_all(streams, detector, encoder, precision, asked, parts, machine.seed, classify)
+    figures = stream_figures(scores, streams.prada_delta)
     table = stream_table(scores, figures)
     run.start()
     run.say(f"{len(images)} test images of {streams.dataset}, {precision}; {parting}")
+    run.say(said)
     run.say(table)
     shown.write_text(table + "\n")
     row = {

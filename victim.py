@@ -8,19 +8,21 @@ victim.ledger.queries, victim.ledger.distinct, victim.ledger.calls
 import copy
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_aug.datasets import to_float
+from data_aug.digests import HASH_BYTES, digest_tensor, image_digests, pack_digests, perceptual_hashes, unpack_digests
 from defenses import Call, Defence
 from models import SimCLREncoder
 from utils import Precision, UserError
+
+__all__ = ["Api", "Ledger", "Victim", "digest_tensor", "image_digests", "pack_digests", "unpack_digests", "version_of"]
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -29,28 +31,13 @@ class BudgetExceeded(UserError):
     """The queries asked for would exceed the budget; none of them was answered."""
 
 
-# ---- digests ---------------------------------------------------------------------------------------------------------
+# ---- queries ---------------------------------------------------------------------------------------------------------
 
 
-def image_digests(images: Tensor) -> list[bytes]:
-    """A 16-byte digest for each image (N, 3, H, W): equal for equal pixels, whether uint8 or float in [0, 1]."""
-    rows = to_float(images).cpu().contiguous().numpy()
-    return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
-
-
-def digest_tensor(images: Tensor) -> Tensor:
-    """`image_digests` as uint8 (N, 16), as checkpoints keep them: so an evaluation knows which images were queried."""
-    return pack_digests(image_digests(images))
-
-
-def pack_digests(digests: Iterable[bytes]) -> Tensor:
-    """Digests as uint8 (N, 16)."""
-    return torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 16)
-
-
-def unpack_digests(digests: Tensor) -> list[bytes]:
-    """Digests uint8 (N, 16), or as many flattened, as `image_digests` returns them."""
-    return [bytes(row) for row in digests.view(-1, 16).numpy()]
+def _identify(images: Tensor, gather: Gather) -> tuple[list[bytes], list[bytes]]:
+    """The digests and the perceptual hashes of the images of a call, gathered from all processes."""
+    both = gather(torch.cat([digest_tensor(images), perceptual_hashes(images)], dim=1))
+    return unpack_digests(both[:, :-HASH_BYTES]), unpack_digests(both[:, -HASH_BYTES:], HASH_BYTES)
 
 
 def check_query(images: Tensor) -> None:
@@ -78,11 +65,15 @@ def version_of(network: nn.Module) -> str:
 
 @dataclass
 class Account:
-    """What an account asked: queries, calls, and the digests of its distinct images."""
+    """What an account asked: queries, calls, the digests of its distinct images, and the perceptual hashes of these.
+
+    The hashes are None where an earlier version kept none.
+    """
 
     queries: int = 0
     calls: int = 0
     images: set[bytes] = field(default_factory=set)
+    near: set[bytes] | None = field(default_factory=set)
 
     @property
     def distinct(self) -> int:
@@ -92,7 +83,8 @@ class Account:
 class Ledger:
     """The victim's record of what was asked, by account and in all.
 
-    A query is an image sent once: the same image sent again is another query, and so is another view of it.
+    A query is an image sent once: the same image sent again is another query, and so is another view of it. Images are
+    distinct where any pixel differs; `near_distinct` counts the near-copies of an image once, most of the time.
     """
 
     def __init__(self):
@@ -109,6 +101,15 @@ class Ledger:
         return len(self.images)
 
     @property
+    def near_distinct(self) -> int | None:
+        """Different perceptual hashes of the images answered; None where an earlier version kept none.
+
+        Of an earlier process's queries, those whose images were not shown again are left out.
+        """
+        known = [account.near for account in self.accounts.values()]
+        return None if None in known else len(set().union(*known))
+
+    @property
     def images(self) -> set[bytes]:
         """The digests of all images answered."""
         return set().union(*(account.images for account in self.accounts.values()))
@@ -118,15 +119,23 @@ class Ledger:
         """Calls of `Victim.query`."""
         return sum(account.calls for account in self.accounts.values())
 
-    def record(self, digests: Sequence[bytes], account: str = "default") -> None:
-        """Enter a call: the digests of the images that were answered."""
+    def record(self, digests: Sequence[bytes], account: str = "default", hashes: Sequence[bytes] = ()) -> None:
+        """Enter a call: the digests of the images that were answered, and their perceptual hashes."""
         entry = self.accounts.setdefault(account, Account())
         entry.queries += len(digests)
         entry.calls += 1
         entry.images.update(digests)
+        self.note(hashes, account)
 
-    def summary(self) -> dict[str, int]:
-        return {"queries": self.queries, "distinct": self.distinct, "calls": self.calls}
+    def note(self, hashes: Sequence[bytes], account: str = "default") -> None:
+        """Enter the perceptual hashes of images that an account asked about, once these are known."""
+        entry = self.accounts.get(account)
+        if entry and entry.near is not None:
+            entry.near.update(hashes)
+
+    def summary(self) -> dict[str, int | None]:
+        counts = {"queries": self.queries, "distinct": self.distinct, "near_distinct": self.near_distinct}
+        return {**counts, "calls": self.calls}
 
     def state_dict(self) -> dict:
         """Plain types and tensors, for a checkpoint."""
@@ -135,6 +144,7 @@ class Ledger:
                 "queries": account.queries,
                 "calls": account.calls,
                 "images": pack_digests(sorted(account.images)).flatten(),
+                **({} if account.near is None else {"near": pack_digests(sorted(account.near), HASH_BYTES).flatten()}),
             }
             for name, account in self.accounts.items()
             if account.images
@@ -142,7 +152,12 @@ class Ledger:
 
     def load_state_dict(self, state: Mapping) -> None:
         self.accounts = {
-            name: Account(entry["queries"], entry["calls"], set(unpack_digests(entry["images"])))
+            name: Account(
+                entry["queries"],
+                entry["calls"],
+                set(unpack_digests(entry["images"])),
+                set(unpack_digests(entry["near"], HASH_BYTES)) if "near" in entry else None,
+            )
             for name, entry in state.items()
         }
 
@@ -251,15 +266,22 @@ class Victim:
         """
         check_query(images)
         gather = gather or (lambda rows: rows)
-        digests = unpack_digests(gather(digest_tensor(images)))
+        digests, hashes = _identify(images, gather)
         asked = self.ledger.queries
         if self.budget is not None and asked + len(digests) > self.budget:
             raise BudgetExceeded(
                 f"a query of {len(digests)} images would exceed the budget of {self.budget}: {asked} are spent"
             )
-        answers = self._answer(images, digests, account, gather)
-        self.ledger.record(digests, account)
+        answers = self._answer(images, digests, hashes, account, gather)
+        self.ledger.record(digests, account, hashes)
         return answers
+
+    @torch.no_grad()
+    def prepare(self, images: Tensor) -> None:
+        """Let the defences learn from the owner's own images (M, 3, H, W); see their `owner_images`."""
+        h = torch.cat([self._represent(part).float() for part in images.split(512)])
+        for defence in self.defences:
+            defence.prepare(h)
 
     def replay(self, digests: Tensor, account: str = "default", images: Tensor | None = None) -> None:
         """Replay queries answered before a restart, so that ledger and stateful defences are as they were.
@@ -267,27 +289,34 @@ class Victim:
         digests uint8 (B, 16); a stateful victim needs all the images (B, 3, H, W) again.
         """
         asked = unpack_digests(digests)
+        hashes = [] if images is None else unpack_digests(perceptual_hashes(images), HASH_BYTES)
         if self.stateful:
-            self._answer(images, asked, account, lambda rows: rows)
-        self.ledger.record(asked, account)
+            self._answer(images, asked, hashes, account, lambda rows: rows)
+        self.ledger.record(asked, account, hashes)
 
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
         """The defences' reports, prefixed by their names. sources: for each account, the image index of each query."""
         reports = {type(defence).__name__.lower(): defence.report(sources) for defence in self.defences}
         return {f"{name}_{key}": value for name, report in reports.items() for key, value in report.items()}
 
-    @torch.no_grad()
-    def _answer(self, images: Tensor, digests: Sequence[bytes], account: str, gather: Gather) -> Tensor:
+    def _represent(self, images: Tensor) -> Tensor:
         images = to_float(images.to(self._precision.device, non_blocking=True))
         with self._precision.autocast():
-            h = gather(self._api.encoder(images.contiguous(memory_format=self._precision.memory_format)))
+            return self._api.encoder(images.contiguous(memory_format=self._precision.memory_format))
+
+    @torch.no_grad()
+    def _answer(
+        self, images: Tensor, digests: Sequence[bytes], hashes: Sequence[bytes], account: str, gather: Gather
+    ) -> Tensor:
+        h = gather(self._represent(images))
+        with self._precision.autocast():
             answers = self._api.answer(h).float()
         if not self.defences:
             return answers
         if not len(h):
             return answers.new_empty(0, self.dim)
         first = self.ledger.accounts.get(account, Account()).queries
-        call = Call(digests, h.float(), self._project, account, first)
+        call = Call(digests, h.float(), self._project, account, first, hashes)
         for defence in self.defences:
             answers = defence(answers, call)
         return answers.clone()  # a view would carry the numbers that a defence left out

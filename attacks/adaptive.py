@@ -9,7 +9,7 @@ from torch import Tensor
 from attacks.answers import Answers
 from attacks.client import Client
 from data_aug.images import Images
-from defenses.buckets import Coverage, hyperplanes
+from defenses.buckets import Coverage, Hyperplanes
 
 PILOT = 0.1  # share of its images that an attacker who avoids buckets queries before it chooses
 BITS = 12  # of that attacker's hash table: the owner's is secret, but all such tables fill alike
@@ -87,11 +87,11 @@ def ask_within(
     step = max(1, int(PILOT * count))
     index = torch.arange(min(step, count))
     answers = client.ask(images[index], index)
-    table = Coverage(hyperplanes(BITS, answers.shape[1], draws))
+    table = Coverage(Hyperplanes.draw(BITS, answers.shape[1], draws))
     occupied = table.add(answers)[-1].item()
     left = torch.ones(len(images), dtype=torch.bool)
     left[index] = False
-    bucket = table.bucket(answers)
+    bucket = table.cells(answers)
     centre = answers[bucket == bucket.mode().values].mean(dim=0)
     while len(index) < count and occupied < percent:
         guess = _ridge(features[index], answers, 1e-2)(features)

@@ -1,8 +1,10 @@
 """The attacker's side of the API: asks in batches, and keeps a record of every query from before it is sent."""
 
+import hashlib
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attacks.records import Kept, QueryFile
+from data_aug.digests import HASH_BYTES, perceptual_hashes
 from data_aug.images import Images
 from jobs.ending import Stopped, deferred, received
 from jobs.exchange import any_of, barrier, gather, share
@@ -20,8 +23,51 @@ from victim import AnyVictim, digest_tensor, pack_digests, unpack_digests
 CPU = torch.device("cpu")  # digests are taken there; the victim moves images to its device
 
 
+def jitter(images: Tensor, levels: int, number: int) -> Tensor:
+    """uint8 images (N, 3, H, W) of which every number is changed by up to `levels`, at random, and kept in 0 to 255.
+
+    The changes follow from the pixels and from `number`: made again they are the same, whatever the batch.
+    """
+    changed = []
+    for image in images.cpu().numpy():
+        key = hashlib.blake2b(image.tobytes(), digest_size=16, salt=number.to_bytes(8, "little")).digest()
+        draws = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        change = draws.integers(-levels, levels, image.shape, np.int16, endpoint=True)
+        changed.append((image + change).clip(0, 255).astype(np.uint8))
+    return torch.from_numpy(np.stack(changed)).to(images.device) if changed else images
+
+
+@dataclass(frozen=True, eq=False)
+class Jittered(Images):
+    """Images as `jitter` changes them."""
+
+    images: Images
+    levels: int
+    number: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.size
+
+    def __getitem__(self, index: slice | Tensor) -> "Jittered":
+        return Jittered(self.images[index], self.levels, self.number)
+
+    def to(self, device: torch.device | str) -> "Jittered":
+        return Jittered(self.images.to(device), self.levels, self.number)
+
+    def _read(self, parts: Sequence[Tensor], device: torch.device, epoch: int) -> Iterator[Tensor]:
+        for images in self.images._read(parts, device, epoch):
+            yield jitter(images, self.levels, self.number)
+
+
 class Client:
     """Asks a victim about images, `repeat` times each, and keeps every query in the file `keep`.
+
+    With `jitter` each further asking changes the pixels by up to so many levels, so that a defence does not see the
+    same image again.
 
     A record of the file has the image's digest, the account, the number of the call, and the answer in `dtype`. It is
     written before the victim is asked, and the answer is filled in afterwards. When a killed attack goes on, the
@@ -38,8 +84,9 @@ class Client:
         repeat: int = 1,
         dtype: type[np.floating] = np.float32,
         batch_size: int = 512,
+        jitter: int = 0,
     ):
-        self.victim, self.repeat, self.batch_size = victim, repeat, batch_size
+        self.victim, self.repeat, self.jitter, self.batch_size = victim, repeat, jitter, batch_size
         self.file = QueryFile(keep, victim.dim, dtype)
         self.mapped = keep is not None and dtype is np.float16 and repeat == 1
         earlier = self.file.earlier
@@ -81,8 +128,9 @@ class Client:
         if self.repeat == 1:
             return self._ask(images, sources, account)
         total, count = torch.zeros(len(images), self.victim.dim), torch.zeros(len(images), 1)
-        for _ in range(self.repeat):
-            rows = self._ask(images, sources, account)
+        for number in range(self.repeat):
+            sent = Jittered(images, self.jitter, number) if self.jitter and number else images
+            rows = self._ask(sent, sources, account)
             there = ~rows.isnan().any(dim=1, keepdim=True)
             total, count = total + torch.where(there, rows, 0.0), count + there
         return total / count
@@ -140,11 +188,15 @@ class Client:
         if not self._left:
             return records
         digests: list[bytes] = []
+        hashes: list[bytes] = []
         for batch in images.batches(torch.arange(len(images)).split(self.batch_size), CPU, share=share):
             digests += unpack_digests(gather(digest_tensor(batch.images), len(batch.index)))
+            hashes += unpack_digests(gather(perceptual_hashes(batch.images), len(batch.index)), HASH_BYTES)
         self._replay(images, digests, account)
         for row, digest in enumerate(digests):
             queue = self._left.get((account, digest), deque())
+            if queue:
+                self.victim.ledger.note([hashes[row]], account)
             while queue and records[row] < 0:
                 record = queue.popleft()
                 self._source[record] = sources[row]

@@ -16,7 +16,7 @@ for _module in pkgutil.iter_modules(__path__):
 DEFENCES: dict[str, type[Defence]] = {defence.__name__.lower(): defence for defence in Defence.__subclasses__()}
 
 # Attacks with these losses compare views of an image; --defence True poisons them (2022 code: infonce and softnn only).
-POISONED = ("contsteal", "infonce", "rda", "softnn")
+POISONED = ("contsteal", "contsteal-paper", "contsteal-rda", "infonce", "rda", "softnn")
 
 
 def parse_defences(text: str) -> list[str]:
@@ -55,6 +55,11 @@ class DefenceChoice(Settings):
         acts=lambda command: None if command.defence else "without --defence",
     )
     title = "defence"
+
+    @classmethod
+    def absent(cls, command: Command) -> str:
+        """Why the settings have no effect on an attacker who sends no queries."""
+        return "where the victim is not asked"
 
 
 def resolve_defences(command: Command, losstype: str) -> list[str]:

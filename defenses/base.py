@@ -20,7 +20,8 @@ class Call:
     """A call of an account as the owner sees it.
 
     digests: those of its B images. representations: the encoder's true h (B, D). project: maps h to projections z.
-    first: number of queries that the account made before this call.
+    first: number of queries that the account made before this call. hashes: the images' `perceptual_hashes`, which
+    near-copies of an image mostly share.
     """
 
     digests: Sequence[bytes]
@@ -28,6 +29,7 @@ class Call:
     project: Callable[[Tensor], Tensor]
     account: str = "default"
     first: int = 0
+    hashes: Sequence[bytes] = ()
 
     @functools.cached_property
     def projections(self) -> Tensor:
@@ -57,6 +59,19 @@ class Defence(Settings, ABC):
         """Width E of the answers that it returns for answers of width `dim`. UserError for a width it cannot handle."""
         return dim
 
+    @property
+    def owner_images(self) -> int:
+        """How many of the owner's own images `prepare` wants; 0 for a defence that learns from none."""
+        return 0
+
+    def prepare(self, representations: Tensor) -> None:
+        """Learn from representations (M, D) of the owner's own images, before the first query."""
+        return
+
+    def outlook(self, queries: int) -> str:
+        """What it can do to an account with so many queries, in words; empty where that is not a matter of scale."""
+        return ""
+
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
         """Figures about the queries it saw. `sources`: for each account, the image index (N,) of each query."""
         return {}
@@ -67,9 +82,9 @@ class Defence(Settings, ABC):
         return f"with --defence {command.defence}" if command.defence else "without --defence"
 
     def normal(self, call: Call, width: int, by_image: bool = False) -> Tensor:
-        """Standard normal draws (B, width): new for each query of an account, or with `by_image` fixed by the image."""
+        """Standard normal draws (B, width): new for each query of an account, or with `by_image` fixed by its hash."""
         if by_image:
-            keys: Iterable[str] = (digest.hex() for digest in call.digests)
+            keys: Iterable[str] = (key.hex() for key in call.hashes)
         else:
             keys = (f"{call.account}/{call.first + row}" for row in range(len(call.digests)))
         rows = [_normal_row(f"{self.secret}/{type(self).__name__}/{key}", width) for key in keys]

@@ -9,26 +9,26 @@ nearest   The mean cosine similarity of each query to its nearest earlier query.
 coverage  The percentage of hash buckets that the queries fell into (B4B; Dubinski et al., NeurIPS 2023). An attacker
           wants the whole space, a user part of it. It grows with the number of queries, so only streams of similar
           length are comparable, and an attacker who repeats images covers less with the same number.
-prada     1 - W, where W is Shapiro and Wilk's statistic of the nearest distances (PRADA; Juuti et al., EuroS&P 2019):
-          those of benign users are expected to be normally distributed. It says how far they are from that, not why:
-          a mixture of classes of different spread scores like a mixture of repeated and fresh images.
+normality 1 - W, where W is Shapiro and Wilk's statistic of the nearest distances of representations, all classes in one
+          set. It says how far they are from a normal distribution, not why: a mixture of classes of different spread
+          scores like a mixture of repeated and fresh images.
+
+PRADA, from which the last one is derived, compares inputs of the same predicted class: see defenses/prada.py.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from defenses.base import Call, Defence, setting
-from defenses.buckets import Coverage, hyperplanes
+from defenses.buckets import Coverage, Hyperplanes
 from defenses.nearest import Memory
+from defenses.prada import shapiro_w
 from utils import generator
 
 MEMORY, BITS = 10_000, 12
-OUTLIERS = 3.0  # standard deviations from the mean beyond which PRADA leaves distances out
 
 
 class Stream:
@@ -43,8 +43,8 @@ class Stream:
     def add(self, representations: Tensor) -> None:
         """Add representations (B, D)."""
         if self._coverage is None:
-            normals = hyperplanes(self.bits, representations.shape[1], generator(self.secret, "detection"))
-            self._coverage = Coverage(normals.to(representations.device))
+            draws = generator(self.secret, "detection")
+            self._coverage = Coverage(Hyperplanes.draw(self.bits, representations.shape[1], draws))
         self._distances.append(self._memory.nearest(representations).cpu())
         self._coverage.add(representations)
 
@@ -65,30 +65,15 @@ def similarity(distances: Tensor) -> float:
 
 
 def non_normality(distances: Tensor) -> float:
-    """PRADA's test as a score from 0 to 1: 1 - W of nearest distances (N,), without those beyond 3 standard deviations.
-
-    W: Shapiro & Wilk, Biometrika 1965, as scipy computes it. Returns 0 for fewer than three distances, and 1 where all
-    are equal (W is undefined). PRADA compares inputs, and has a set of distances for each predicted class; an encoder
-    predicts no classes, so here an account has a single set, of distances between representations.
-    """
-    from scipy.stats import shapiro  # imported here: it takes a second, and most runs have no detector
-
-    if len(distances) < 3:
-        return 0.0
-    values = distances.double().numpy()
-    values = values[np.abs(values - values.mean()) <= OUTLIERS * values.std()]
-    if np.ptp(values) == 0:
-        return 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the p-value, not W, is inexact for more than 5,000
-        return 1 - float(shapiro(values).statistic)
+    """1 - W of nearest distances (N,), from 0 to 1 (see `shapiro_w`); 0 for fewer than three."""
+    return 1 - shapiro_w(distances.numpy()) if len(distances) > 2 else 0.0
 
 
 # A new statistic is a row here: a function of a stream, larger for an attacker.
 SCORES: dict[str, Callable[[Stream], float]] = {
     "nearest": lambda stream: similarity(stream.distances),
     "coverage": lambda stream: stream.coverage,
-    "prada": lambda stream: non_normality(stream.distances),
+    "normality": lambda stream: non_normality(stream.distances),
 }
 
 

@@ -10,7 +10,13 @@ from defenses.base import Call, Defence, setting
 from utils import generator
 
 Map = Callable[[Tensor], Tensor]
-PADDING = 0.25  # share of an answer's width that `pad-shuffle` adds
+Draw = Callable[[int, torch.Generator], Map]  # from the width of the answers that a map takes
+
+# By how many numbers the kinds widen answers of `dim` numbers.
+WIDENING: dict[str, Callable[[int], int]] = {
+    **dict.fromkeys(("pad", "add", "affine-pad-shuffle", "binary"), lambda dim: dim),
+    "quarter-pad-shuffle": lambda dim: max(1, dim // 4),
+}
 
 
 def _orthogonal(dim: int, draws: torch.Generator) -> Map:
@@ -25,37 +31,83 @@ def _shuffle(dim: int, draws: torch.Generator) -> Map:
     return lambda answers: answers[:, order.to(answers.device)]
 
 
-def _scale_shuffle(dim: int, draws: torch.Generator) -> Map:
-    """Scales each dimension by a factor in [0.5, 2], adds an offset in [-1, 1], and shuffles the dimensions."""
-    scale = 2 ** (2 * torch.rand(dim, generator=draws) - 1)
-    shift = 2 * torch.rand(dim, generator=draws) - 1
+def _uniform(count: int, draws: torch.Generator) -> Tensor:
+    """Draws (count,) from U(-1, 1)."""
+    return 2 * torch.rand(count, generator=draws) - 1
+
+
+def _affine(dim: int, draws: torch.Generator) -> Map:
+    """A factor and an offset for each dimension, both from U(-1, 1)."""
+    scale, shift = _uniform(dim, draws), _uniform(dim, draws)
+    return lambda answers: answers * scale.to(answers) + shift.to(answers)
+
+
+def _append(answers: Tensor, constants: Tensor) -> Tensor:
+    return torch.cat([answers, constants.to(answers).expand(len(answers), -1)], dim=1)
+
+
+def _pad(dim: int, draws: torch.Generator) -> Map:
+    """Appends as many constants from N(0, 1) as there are dimensions, and shuffles all of them."""
+    constants, shuffle = torch.randn(dim, generator=draws), _shuffle(2 * dim, draws)
+    return lambda answers: shuffle(_append(answers, constants))
+
+
+def _add(dim: int, draws: torch.Generator) -> Map:
+    """Inserts as many constants from N(0, 1) at random places; the numbers of the answer keep their order."""
+    constants = torch.randn(dim, generator=draws)
+    ours = torch.randperm(2 * dim, generator=draws)[:dim].sort().values  # the places of the answer's numbers
+    theirs = torch.ones(2 * dim, dtype=torch.bool)
+    theirs[ours] = False
+    order = torch.cat([ours, theirs.nonzero()[:, 0]]).argsort()
+    return lambda answers: _append(answers, constants)[:, order.to(answers.device)]
+
+
+def _affine_pad_shuffle(dim: int, draws: torch.Generator) -> Map:
+    affine, pad = _affine(dim, draws), _pad(dim, draws)
+    return lambda answers: pad(affine(answers))
+
+
+def _binary(dim: int, draws: torch.Generator) -> Map:
+    """On which side of 2 * dim random planes an answer lies, as 0 and 1. Planes go through points from N(0, 1)."""
+    normals, points = torch.randn(2, dim, 2 * dim, generator=draws)
+    offset = (normals * points).sum(dim=0)
+    return lambda answers: (answers @ normals.to(answers) > offset.to(answers)).to(answers)
+
+
+# ---- variants of this project ----------------------------------------------------------------------------------------
+
+
+def _mild_scale_shuffle(dim: int, draws: torch.Generator) -> Map:
+    """A factor in [0.5, 2] and an offset in [-1, 1] for each dimension, and a shuffle."""
+    scale, shift = 2 ** _uniform(dim, draws), _uniform(dim, draws)
     shuffle = _shuffle(dim, draws)
     return lambda answers: shuffle(answers * scale.to(answers) + shift.to(answers))
 
 
-def _padding(dim: int) -> int:
-    return max(1, int(PADDING * dim))
-
-
-def _pad_shuffle(dim: int, draws: torch.Generator) -> Map:
-    """Appends constants between 0 and 1 as further dimensions, and shuffles all dimensions."""
-    constants = torch.rand(_padding(dim), generator=draws)
+def _quarter_pad_shuffle(dim: int, draws: torch.Generator) -> Map:
+    """Appends a quarter as many constants from U(0, 1), and shuffles all dimensions."""
+    constants = torch.rand(WIDENING["quarter-pad-shuffle"](dim), generator=draws)
     shuffle = _shuffle(dim + len(constants), draws)
-    return lambda answers: shuffle(torch.cat([answers, constants.to(answers).expand(len(answers), -1)], dim=1))
+    return lambda answers: shuffle(_append(answers, constants))
 
 
-def _binary(dim: int, draws: torch.Generator) -> Map:
-    """On which side of each of `dim` random hyperplanes an answer lies, as 0 and 1."""
+def _binary_origin(dim: int, draws: torch.Generator) -> Map:
+    """On which side of each of `dim` random planes through the origin an answer lies, as 0 and 1."""
     normals = torch.randn(dim, dim, generator=draws)
     return lambda answers: (answers @ normals.to(answers) > 0).to(answers)
 
 
-KINDS = {
+KINDS: dict[str, Draw] = {
     "orthogonal": _orthogonal,
     "shuffle": _shuffle,
-    "scale-shuffle": _scale_shuffle,
-    "pad-shuffle": _pad_shuffle,
+    "affine": _affine,
+    "pad": _pad,
+    "add": _add,
+    "affine-pad-shuffle": _affine_pad_shuffle,
     "binary": _binary,
+    "mild-scale-shuffle": _mild_scale_shuffle,
+    "quarter-pad-shuffle": _quarter_pad_shuffle,
+    "binary-origin": _binary_origin,
 }
 
 
@@ -63,15 +115,16 @@ KINDS = {
 class Transform(Defence):
     """Maps each account's answers by a different secret function (B4B, Dubinski et al., NeurIPS 2023, against sybils).
 
-    orthogonal and shuffle preserve distances and angles, so a user's task does not suffer; scale-shuffle, pad-shuffle
-    and binary are B4B's. `--defence buckets,transform` is B4B's complete defence.
+    affine, pad, add, affine-pad-shuffle and binary are B4B's, as its code has them. orthogonal and shuffle preserve
+    distances and angles, so a user's task does not suffer; mild-scale-shuffle, quarter-pad-shuffle and binary-origin
+    are variants of this project. `--defence buckets,transform` is B4B's complete defence.
     """
 
     transform: str = setting("orthogonal", "kind of secret map that transform draws for each account", choices=KINDS)
     _maps: dict[str, Map] = field(default_factory=dict, repr=False)
 
     def width(self, dim: int) -> int:
-        return dim + _padding(dim) if self.transform == "pad-shuffle" else dim
+        return dim + WIDENING.get(self.transform, lambda dim: 0)(dim)
 
     def __call__(self, answers: Tensor, call: Call) -> Tensor:
         if call.account not in self._maps:

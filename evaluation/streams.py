@@ -1,9 +1,7 @@
-"""Attackers' and users' streams of queries: who sends which images, and how a detector scores them."""
+"""Attackers' and users' streams of queries: who sends which images."""
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,26 +9,25 @@ import torch
 from torch import Tensor
 
 from attacks import Attack
+from attacks.adaptive import ask_within
 from attacks.queries import queries_sent
 from data_aug.datasets import DATASET_NAMES, check_name, load_dataset
-from data_aug.images import Stored
-from defenses.detection import SCORES, Detection
-from evaluation.statistics import roc
-from models import SimCLREncoder
+from data_aug.images import Images, Stored
+from models import ARCHITECTURES, SimCLREncoder, build_copy
 from settings import Settings, setting
 from training.represent import represent
-from utils import Precision, UserError, generator
+from utils import Precision, UserError, generator, seeded
 
 ATTACKERS = {
     "plain": "random images, each once",
     "views": "two random views of each image",
     "repeat": "each image several times",
+    "sybils": "random images, spread over several accounts that share some",
+    "few-buckets": "images that are predicted to fall into few buckets",
 }
-FALSE_ALARMS = 0.05  # share of users' streams that may be taken for attacks
+CHOICE = 4  # images, for each query, that attackers who stay in few buckets choose among
 USERS_SHARES = (0.5, 0.75)  # of each class's images that users may get; the smallest sufficient share is taken
 SHORTEST = 10  # queries of a stream: some statistics say nothing about fewer
-
-Scores = dict[str, dict[str, list[float]]]  # kind -> statistic -> the score of each stream
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,9 @@ class Streams(Settings):
         None, "data set whose test split further users query (default: no such users)", read=check_name
     )
     repeat: int = setting(2, "times that the attacker `repeat` sends each image", at_least=1)
+    sybils: int = setting(4, "accounts of each attack by `sybils`, which share a stream's queries", at_least=2)
+    prada_delta: float = setting(0.9, "W below which PRADA flags a stream", above=0, below=1)
+    classifier_images: int = setting(5000, "labelled images of the owner for PRADA's classifier", at_least=1)
     title = "streams"
 
     def __post_init__(self) -> None:
@@ -122,110 +122,90 @@ def draw_task(images: Tensor, labels: Tensor, count: int, classes: int, draws: t
     return draw_plain(images[torch.isin(labels, task)], count, draws)
 
 
-# ---- their representations -------------------------------------------------------------------------------------------
+# ---- what they send --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """Images uint8 (N, 3, H, W), and the encoder's representations of them (N, D)."""
+
+    images: Tensor
+    representations: Tensor
+
+    def at(self, index: Tensor) -> "Sent":
+        return Sent(self.images[index.to(self.images.device)], self.representations[index])
+
+
+@dataclass
+class _Known:
+    """A client whose answers are known already: for an attacker who chooses by the answers so far."""
+
+    representations: Tensor
+
+    def ask(self, images: Images, sources: Tensor, account: str = "default") -> Tensor:
+        return self.representations[sources].cpu()
+
+
+def sybil_accounts(asked: Tensor, accounts: int, length: int) -> list[Tensor]:
+    """The stream of each account of an attack that spends `length` queries on the images `asked`, in their order.
+
+    As `attacks.adaptive.ask_as_sybils`: every account begins with the same twentieth of the budget, at least two
+    queries, and they share out the rest. So an account's stream is shorter than a user's.
+    """
+    shared = max(2, length // 20)
+    rest = asked[shared : length - (accounts - 1) * shared].chunk(accounts)
+    return [torch.cat([asked[:shared], part]) for part in rest]
+
+
+def few_buckets(pool: Sent, features: Tensor, length: int, draws: torch.Generator) -> Tensor:
+    """The order in which an attacker who stays in few buckets queries a pool's images; features (N, F) are its own."""
+    index, _, _ = ask_within(_Known(pool.representations), Stored(pool.images), features, length, 100.0, draws)
+    return index
 
 
 def attackers_streams(
-    streams: Streams,
-    encoder: SimCLREncoder,
-    precision: Precision,
-    images: Tensor,
-    known: Tensor,
-    chosen: Tensor,
-    seed: int,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields the kind and representations (length, D) of each attacker's stream.
+    streams: Streams, encoder: SimCLREncoder, precision: Precision, pool: Sent, seed: int
+) -> Iterator[tuple[str, Sent]]:
+    """Yields the kind of each attacker's stream, and what it sends; each account of sybils has a stream of its own.
 
-    The attackers choose from the `chosen` positions of images (N, 3, H, W), whose representations (N, D) are `known`;
-    views of them are encoded here.
+    The attackers choose from the pool; views of its images are encoded here.
     """
-    length = streams.stream_length
+    length, everything = streams.stream_length, torch.arange(len(pool.images))
+    choice = pool.at(draw_plain(everything, CHOICE * length, generator(seed, "few-buckets")))
+    features = untrained_features(encoder, precision, choice.images, seed)
     for number in range(streams.streams):
         draws = {kind: generator(seed, kind, number) for kind in ATTACKERS}
-        yield "plain", known[draw_plain(chosen, length, draws["plain"])]
-        asked = Stored(images[draw_plain(chosen, math.ceil(length / 2), draws["views"])])
-        sent = queries_sent(asked, Attack(n_views=2), draws["views"])
-        yield "views", represent(encoder, sent[:length], precision)
-        asked = draw_plain(chosen, math.ceil(length / streams.repeat), draws["repeat"])
-        yield "repeat", known[asked.repeat(streams.repeat)[:length]]
+        yield "plain", pool.at(draw_plain(everything, length, draws["plain"]))
+        asked = draw_plain(everything, math.ceil(length / 2), draws["views"])
+        sent = queries_sent(Stored(pool.images[asked]), Attack(n_views=2), draws["views"])[:length]
+        yield "views", Sent(sent.tensor, represent(encoder, sent, precision))
+        asked = draw_plain(everything, math.ceil(length / streams.repeat), draws["repeat"])
+        yield "repeat", pool.at(asked.repeat(streams.repeat)[:length])
+        for stream in sybil_accounts(draw_plain(everything, length, draws["sybils"]), streams.sybils, length):
+            yield "sybils", pool.at(stream)
+        order = torch.randperm(len(features), generator=draws["few-buckets"])
+        chosen = few_buckets(choice.at(order), features[order], length, draws["few-buckets"])
+        yield "few-buckets", choice.at(order[chosen])
+
+
+def untrained_features(encoder: SimCLREncoder, precision: Precision, images: Tensor, seed: int) -> Tensor:
+    """Features (N, F) of an attacker's untrained copy, on the CPU."""
+    with seeded(seed):
+        copy = build_copy(encoder.arch if encoder.arch in ARCHITECTURES else "resnet18", encoder.dim)
+    return represent(copy.to(precision.device), images, precision).cpu()
 
 
 def users_streams(
-    streams: Streams, known: Tensor, labels: Tensor, chosen: Tensor, others: Tensor | None, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """As `attackers_streams`, for users with a task, who choose by labels (N,).
+    streams: Streams, pool: Sent, labels: Tensor, others: Sent | None, seed: int
+) -> Iterator[tuple[str, Sent]]:
+    """As `attackers_streams`, for users with a task, who choose from the pool by labels (N,).
 
-    Then those of users who choose at random among all images of another data set, with representations `others`.
+    Then those of users who choose at random among all images of another data set.
     """
-    length = streams.stream_length
+    length, everything = streams.stream_length, torch.arange(len(labels))
     for number in range(streams.streams):
         draws = generator(seed, "task", number)
-        yield "task", known[draw_task(chosen, labels[chosen], length, streams.user_classes, draws)]
+        yield "task", pool.at(draw_task(everything, labels, length, streams.user_classes, draws))
     for number in range(0 if others is None else streams.streams):
-        yield "other", others[draw_plain(torch.arange(len(others)), length, generator(seed, "other", number))]
-
-
-# ---- a detector's scores ---------------------------------------------------------------------------------------------
-
-
-def score_all(
-    streams: Streams,
-    detector: Detection,
-    encoder: SimCLREncoder,
-    precision: Precision,
-    data: tuple[Tensor, Tensor, Tensor | None],
-    seed: int,
-) -> tuple[Scores, str]:
-    """The scores of all attackers' and users' streams, and in words how they share the images.
-
-    Each stream is watched by a fresh copy of the detector. data: the images (N, 3, H, W) of `streams.dataset`, their
-    labels (N,), and the images of `load_others`.
-    """
-    images, labels, others = data
-    attackers, users, parting = part_images(labels, streams.stream_length, streams.user_classes, seed)
-    known = represent(encoder, images, precision)
-    others = None if others is None else represent(encoder, others, precision)
-    scores: Scores = {}
-    sent = attackers_streams(streams, encoder, precision, images, known, attackers, seed)
-    for kind, representations in itertools.chain(sent, users_streams(streams, known, labels, users, others, seed)):
-        fresh = dataclasses.replace(detector, _streams={})
-        fresh.watch(representations)
-        for name, value in fresh.scores().items():
-            scores.setdefault(kind, {}).setdefault(name, []).append(value)
-    return scores, parting
-
-
-def detected(attacks: list[float], users: list[float]) -> float:
-    """The share of attacks above the lowest threshold that at most FALSE_ALARMS of the users exceed."""
-    allowed = int(FALSE_ALARMS * len(users))
-    threshold = sorted(users, reverse=True)[allowed]
-    return sum(value > threshold for value in attacks) / len(attacks)
-
-
-def _users(scores: Scores) -> list[str]:
-    return [kind for kind in scores if kind not in ATTACKERS]
-
-
-def stream_figures(scores: Scores) -> dict[str, float]:
-    """auc_USERS_ATTACKER_STATISTIC and detected_USERS_ATTACKER_STATISTIC, shares in [0, 1]."""
-    figures = {}
-    for users, attacker, name in itertools.product(_users(scores), ATTACKERS, SCORES):
-        both = scores[attacker][name], scores[users][name]
-        figures[f"auc_{users}_{attacker}_{name}"] = round(roc(*both)[1], 6)
-        figures[f"detected_{users}_{attacker}_{name}"] = round(detected(*both), 6)
-    return figures
-
-
-def stream_table(scores: Scores, figures: Mapping[str, float]) -> str:
-    """Markdown: the mean scores of each kind, then AUC and detection rate by users, statistic and attacker."""
-    lines = ["| kind | streams | " + " | ".join(f"mean {name}" for name in SCORES) + " |", "|---" * 5 + "|"]
-    for kind, of_kind in scores.items():
-        means = [f"{sum(values) / len(values):.4g}" for values in of_kind.values()]
-        lines.append(f"| {kind} | {len(of_kind['nearest'])} | {' | '.join(means)} |")
-    lines += ["", f"AUC, and share detected at {FALSE_ALARMS:.0%} false alarms:", ""]
-    lines += [f"| users | statistic | {' | '.join(ATTACKERS)} |", "|---" * (2 + len(ATTACKERS)) + "|"]
-    for users, name in itertools.product(_users(scores), SCORES):
-        keys = [f"{users}_{attacker}_{name}" for attacker in ATTACKERS]
-        cells = [f"{figures[f'auc_{key}']:.3f}, {figures[f'detected_{key}']:.0%}" for key in keys]
-        lines.append(f"| {users} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        everybody = torch.arange(len(others.images))
+        yield "other", others.at(draw_plain(everybody, length, generator(seed, "other", number)))

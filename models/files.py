@@ -39,10 +39,22 @@ def _digests(value: Any) -> str | None:
     return None if fits else "digests of 16 bytes"
 
 
+def _account(value: Any) -> str | None:
+    """The check of an account in a ledger, which has the perceptual hashes of its images from late 2026 on."""
+    wrong = record(queries=_COUNT, calls=_COUNT, images=_digests)(value)
+    if wrong or "near" not in value:
+        return wrong
+    near = value["near"]
+    fits = dense(near) and near.dtype == torch.uint8 and near.numel() % 3 == 0
+    return None if fits else "a mapping with near as hashes of 3 bytes"
+
+
 def _query_set(value: Any) -> str | None:
     """The check of what was queried: a split has its data set's name beside it."""
-    split = isinstance(value, dict) and "split" in value
-    return record(dataset=text(), split=text())(value) if split else table()(value)
+    if not isinstance(value, dict) or "split" not in value:
+        return table()(value)
+    available = {"available": _COUNT} if "available" in value else {}
+    return record(dataset=text(), split=text(), **available)(value)
 
 
 def _seen(value: Any) -> str | None:
@@ -50,6 +62,12 @@ def _seen(value: Any) -> str | None:
     lists = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, list) for part in value)
     fits = lists and len(value[0]) == len(value[1]) and not any(number()(entry) for part in value for entry in part)
     return None if fits else "two lists of as many numbers"
+
+
+def _mark(value: Any) -> str | None:
+    """The check of SSLGuard's watermark: what its other shapes follow from."""
+    image = tensor(torch.float32, (3, None, None))
+    return record(mask=image, trigger=image, **{"decoder.0.weight": tensor(torch.float32, (None, None))})(value)
 
 
 _COUNT = number(whole=True, at_least=0)
@@ -60,7 +78,7 @@ RECORDED = {
     "query_indices": tensor(torch.int64, (None,)),
     "stolen_from": text(),
     "victim_version": text(),
-    "ledger": table(record(queries=_COUNT, calls=_COUNT, images=_digests)),
+    "ledger": table(_account),
     "query_digests": tensor(torch.uint8, (None, 16)),
     "defence_report": table(number(finite=False)),
     "met": table(number(finite=False)),
@@ -76,6 +94,7 @@ FIELDS = {
     "settings": table(),
     "row": table(),
     "begun": record(step=_COUNT, seen=_seen),
+    "sslguard": _mark,
 }
 
 _UNPACK = "unpack it, and give the file inside"

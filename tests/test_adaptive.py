@@ -8,7 +8,7 @@ from attacks import Attack
 from attacks.adaptive import align, ask_as_sybils, ask_within, denoise, replaced, restore, restore_answers
 from attacks.answers import Answers
 from attacks.buy import buy
-from attacks.client import Client
+from attacks.client import Client, jitter
 from data_aug.datasets import load_dataset
 from data_aug.images import Stored
 from defenses import DEFENCES
@@ -78,6 +78,46 @@ def test_asking_again_gains_nothing_against_consistent_noise(encoder, images, cl
     client = client_of(encoder, "noise", 8, mu=0.0, sigma=0.5, consistent_noise=True)
     assert error(ask(client, images), clean) == pytest.approx(0.25, rel=0.05)
     assert client.sources["default"].tolist() == list(range(QUERIES)) * 8
+
+
+class Exact(Victim):
+    """A victim whose consistent noise is keyed by the exact pixels."""
+
+    def _answer(self, images, digests, hashes, account, gather):
+        return super()._answer(images, digests, digests, account, gather)
+
+
+@pytest.mark.parametrize(
+    ("levels", "victim", "low", "high"),
+    [
+        (0, Victim, 0.98, 1.02),  # nothing is gained by asking the same again
+        (1, Exact, 0.23, 0.28),  # one level, where noise follows from the exact pixels: 1 / 4 after 16 askings
+        (1, Victim, 0.9, 1.0),  # near-copies mostly get the same noise
+        (16, Victim, 0.5, 0.95),  # stronger changes cross more boundaries
+    ],
+)
+def test_what_an_attacker_gains_who_asks_near_copies(levels, victim, low, high, encoder, images, clean):
+    """Root mean square error after 16 askings of each image, in standard deviations of consistent noise."""
+    defence = DEFENCES["noise"](mu=0.0, sigma=1.0, consistent_noise=True, secret=3)
+    client = Client(victim(encoder, defences=[defence]), repeat=16, jitter=levels)
+    answers = ask(client, images[:60])
+    assert low < error(answers, clean[:60]) ** 0.5 < high
+    ledger = client.victim.ledger
+    assert ledger.queries == 960
+    assert ledger.distinct == (960 if levels else 60)
+    assert ledger.near_distinct <= min(400, ledger.distinct)
+
+
+def test_jittered_images_are_made_again_and_stay_close(images):
+    for levels in (1, 7):
+        changed = jitter(images[:20], levels, number=2)
+        assert torch.equal(torch.cat([jitter(part, levels, number=2) for part in images[:20].split(3)]), changed)
+        difference = changed.int() - images[:20].int()
+        assert difference.abs().max() == levels
+        middle = (images[:20] >= levels) & (images[:20] <= 255 - levels)
+        counts = difference[middle].add(levels).bincount(minlength=2 * levels + 1) / middle.sum()
+        assert (counts - 1 / (2 * levels + 1)).abs().max() < 0.01
+        assert not torch.equal(jitter(images[:20], levels, number=3), changed)
 
 
 # ---- answers undone ----
@@ -156,7 +196,7 @@ def test_an_attacker_who_restores_beats_poisoning(encoder, images, clean):
 # ---- several accounts ----
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "scale-shuffle", "pad-shuffle"])
+@pytest.mark.parametrize("kind", ["orthogonal", "affine", "pad", "add", "affine-pad-shuffle", "mild-scale-shuffle"])
 def test_sybils_answers_are_aligned(kind, encoder, images, clean):
     """In one account's coordinates they say of the images what the victim does; without the map they don't."""
     client = client_of(encoder, "transform", transform=kind)
@@ -260,6 +300,7 @@ def copy_of(out):
     [
         (("--repeat", "3"), 8, 24),
         (("--repeat", "2", "--n-views", "2"), 6, 24),
+        (("--repeat", "3", "--jitter", "2"), 8, 24),
         (("--sybils", "3", "--shared", "4"), 16, 24),
         (("--sybils", "2", "--shared", "4", "--repeat", "2"), 8, 24),
         (("--max-coverage", "100"), 24, 24),
@@ -305,6 +346,7 @@ def test_what_cannot_be_asked_is_refused(refused, trained):
     assert "takes 60 images, the train split of svhn has 48" in refused(
         steal, *STEAL, "--max-coverage", "5", "--num_queries", "60"
     )
+    assert "--jitter has no effect without --repeat" in refused(steal, *STEAL, "--jitter", "2")
     assert "--shared has no effect without --sybils" in refused(steal, *STEAL, "--shared", "20")
 
 

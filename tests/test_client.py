@@ -103,7 +103,7 @@ def test_a_killed_attack_pays_for_no_answer_twice(encoder, images, tmp_path, wat
     # What was paid for comes from the file, as it is there.
     torch.testing.assert_close(answers, torch.cat([whole[:7], 2 * whole[7:]]))
     assert kept_in(tmp_path / "cut")["answer"].tobytes() == answers.numpy().tobytes()
-    assert victim.ledger.queries == victim.ledger.distinct == 12
+    assert victim.ledger.queries == victim.ledger.distinct == victim.ledger.near_distinct == 12
 
 
 class Killed(BaseException):
@@ -225,13 +225,14 @@ PLANS = {
     "plain": Attack(),
     "two-views": Attack(n_views=2),
     "asked-twice": Attack(repeat=2),
+    "near-copies": Attack(repeat=2, jitter=3),
     "sybils": Attack(sybils=2, shared=4),
     "few-buckets": Attack(max_coverage=100.0),
 }
 
 
 def buy_all(victim, images, attack, keep, dtype=np.float32):
-    client = Client(victim, keep, attack.repeat, dtype, batch_size=5)
+    client = Client(victim, keep, attack.repeat, dtype, batch_size=5, jitter=attack.jitter)
     draws = torch.Generator().manual_seed(0)
     features = images.flatten(1)[:, ::300].float()
     return buy(client, Stored(images), attack, attack.images(victim.budget), draws, lambda: features)
@@ -242,7 +243,7 @@ def buy_all(victim, images, attack, keep, dtype=np.float32):
 def test_what_was_asked_and_lost_counts_as_asked(plan, calls, encoder, images, tmp_path):
     """The victim is never asked beyond the budget, and the copy is trained on images that have all their answers."""
     attack = PLANS[plan]
-    budget = 24 if plan in ("two-views", "asked-twice") else 16 if plan == "sybils" else 12
+    budget = 24 if attack.n_views * attack.repeat > 1 else 16 if plan == "sybils" else 12
     whole = buy_all(Victim(encoder, budget), images, attack, tmp_path / "whole")
     killed = Killing(encoder, budget, calls=calls, answers=True)
     with pytest.raises(Killed):
@@ -255,15 +256,16 @@ def test_what_was_asked_and_lost_counts_as_asked(plan, calls, encoder, images, t
     ]
     lost = int((~kept_in(tmp_path / "kept")["answered"]).sum())
     assert lost
-    fewest = len(whole) if plan == "asked-twice" and calls > 1 else len(whole) - 2 * lost
-    assert fewest <= len(bought) <= len(whole) - (plan != "asked-twice")
+    fewest = len(whole) if attack.repeat > 1 and calls > 1 else len(whole) - 2 * lost
+    assert fewest <= len(bought) <= len(whole) - (attack.repeat == 1)
     left_out = 0 if plan == "few-buckets" else len(whole) - len(bought)  # that one stops earlier instead
     assert bought.findings[-1] == f"{lost} answers were lost in a stop: {left_out} images are left out"
     where = {int(index): row for row, index in enumerate(whole.index)}
     rows = torch.tensor([where[int(index)] for index in bought.index])
     if plan not in ("few-buckets", "sybils"):  # these adapt to what they have
         expected = whole.rows.view(attack.n_views, len(whole), -1)[:, rows].flatten(0, 1)
-        torch.testing.assert_close(bought.rows, expected, rtol=1e-4, atol=1e-4)
+        # Where one of two near-copies' answers is lost, the other stands for both.
+        torch.testing.assert_close(bought.rows, expected, rtol=1e-4, atol=1e-2 if attack.jitter else 1e-4)
     assert bought.rows.isfinite().all()
     assert torch.equal(bought.images.tensor, images[bought.index])
 

@@ -2,14 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 
-from defenses.buckets import Buckets, Coverage
+from attacks.client import jitter
+from data_aug.datasets import load_dataset
+from data_aug.digests import perceptual_hashes
+from defenses.buckets import Buckets, Centroids, Coverage, Hyperplanes, even_coverage, queries_for
 from defenses.poisoning import detection_figures, repeats
 from models.simclr import SimCLREncoder
 from tests.test_defences import DIM, Pixels, ask, random_images, represent, stream, victim_with
+from utils import UserError
 from victim import Victim
 
 
@@ -25,6 +31,9 @@ def images():
 @pytest.mark.parametrize("consistent", [False, True])
 def test_noise_is_normal(mu, sigma, consistent):
     images = random_images(2000)
+    if consistent:  # images so small have few hashes: one image of each
+        images = images[np.unique(perceptual_hashes(images).numpy(), axis=0, return_index=True)[1]]
+        assert len(images) > 100
     noise = ask(victim_with("noise", mu=mu, sigma=sigma, consistent_noise=consistent), images) - represent(images)
     z, count = (noise - mu) / sigma, noise.numel()
     assert abs(z.mean()) < 4 / count**0.5
@@ -232,41 +241,95 @@ def test_shuffles_give_the_same_numbers_in_another_order(images):
     assert [sources[0] for sources in order] != list(range(DIM))
 
 
-def test_scale_shuffle_stretches_and_shifts_each_dimension(images):
-    h, answers = represent(images), transformed("scale-shuffle", images)
-    sources, scales = [], []
+def fits(h, answers):
+    """For each column of the answers, the column of h that it is an affine function of, the factor and the offset."""
+    found = []
     for column in answers.T:
-        fits = []
-        for i in range(DIM):
-            design = torch.stack([h[:, i], torch.ones(len(h))], dim=1)
-            (scale, shift) = torch.linalg.lstsq(design, column[:, None]).solution[:, 0].tolist()
-            fits.append(((design @ torch.tensor([scale, shift]) - column).abs().max().item(), i, scale, shift))
-        error, source, scale, shift = min(fits)
-        assert error < 1e-4
-        assert 0.5 <= scale <= 2
-        assert -1 <= shift <= 1
-        sources.append(source)
-        scales.append(scale)
-    assert sorted(sources) == list(range(DIM))
-    assert max(scales) - min(scales) > 0.5
+        design = torch.stack([h, torch.ones_like(h)], dim=2).transpose(0, 1)  # (D, B, 2)
+        solution = torch.linalg.lstsq(design, column[None, :, None].expand(len(design), -1, -1)).solution
+        errors = (design @ solution - column[None, :, None]).abs().amax(dim=(1, 2))
+        source = errors.argmin().item()
+        assert errors[source] < 1e-4
+        found.append((source, *solution[source, :, 0].tolist()))
+    return found
 
 
-def test_pad_shuffle_adds_constants(images):
-    victim = victim_with("transform", transform="pad-shuffle")
-    answers = ask(victim, images)
+def test_affine_stretches_and_shifts_each_dimension_where_it_is(images):
+    found = fits(represent(images), transformed("affine", images))
+    assert [source for source, _, _ in found] == list(range(DIM))
+    scales, shifts = ([one[i] for one in found] for i in (1, 2))
+    for values in (scales, shifts):
+        assert -1 <= min(values) < -0.3
+        assert 0.3 < max(values) <= 1
+
+
+def test_mild_scale_shuffle_stretches_and_shifts_each_dimension_and_shuffles(images):
+    found = fits(represent(images), transformed("mild-scale-shuffle", images))
+    sources = [source for source, _, _ in found]
+    assert sorted(sources) == list(range(DIM)) != sources
+    assert all(0.5 <= scale <= 2 and -1 <= shift <= 1 for _, scale, shift in found)
+    assert max(scale for _, scale, _ in found) - min(scale for _, scale, _ in found) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "constants"), [("pad", DIM), ("add", DIM), ("affine-pad-shuffle", DIM), ("quarter-pad-shuffle", DIM // 4)]
+)
+def test_padding_adds_constants(kind, constants, images):
+    """As many as B4B adds, from N(0, 1); where they stand, and whether the answer's own numbers keep their order."""
+    victim, h = victim_with("transform", transform=kind), represent(images)
+    answers = torch.cat([victim.query(part) for part in images.split(20)])
     constant = (answers == answers[0]).all(dim=0)
-    assert victim.dim == answers.shape[1] == DIM + 6
-    assert constant.sum() == 6
-    assert ((answers[0, constant] >= 0) & (answers[0, constant] <= 1)).all()
-    torch.testing.assert_close(answers[:, ~constant].sort(dim=1).values, represent(images).sort(dim=1).values)
+    assert victim.dim == answers.shape[1] == DIM + constants
+    assert constant.sum() == constants
+    if kind == "quarter-pad-shuffle":
+        assert ((answers[0, constant] >= 0) & (answers[0, constant] <= 1)).all()
+    else:
+        many = torch.cat([victim.query(images[:2], f"{i}") for i in range(60)], dim=1)
+        drawn = many[0, (many == many[0]).all(dim=0)]
+        assert len(drawn) == 60 * DIM
+        assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-3
+    places = constant.nonzero()[:, 0].tolist()
+    assert places not in (list(range(DIM, DIM + constants)), list(range(constants)))
+    if kind == "affine-pad-shuffle":
+        found = fits(h, answers[:, ~constant])
+        assert sorted(source for source, _, _ in found) == list(range(DIM)) != [source for source, _, _ in found]
+        assert all(-1 <= scale <= 1 and -1 <= shift <= 1 for _, scale, shift in found)
+        return
+    torch.testing.assert_close(answers[:, ~constant].sort(dim=1).values, h.sort(dim=1).values)
+    assert torch.allclose(answers[:, ~constant], h) == (kind == "add")
 
 
-def test_binary_answers_say_on_which_sides_of_hyperplanes(images):
+def test_binary_answers_say_on_which_sides_of_planes_through_random_points():
+    """Along a line each number changes at most once; the planes lie around the points of N(0, 1), not the origin."""
+    victim = victim_with("transform", transform="binary")
+    assert victim.dim == 2 * DIM
+    steps = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 4)
+    answers = victim.query(steps.contiguous())
+    assert set(answers.unique().tolist()) == {0.0, 1.0}
+    changes = answers.diff(dim=0).abs().sum(dim=0)
+    assert changes.max() == 1
+    # (h - p) n = 0 where h = t (1, ..., 1): t = p n / 1 n, a Cauchy variable for normal p and n; |t| <= 2 are asked.
+    several = torch.cat([victim.query(steps.contiguous(), f"{i}") for i in range(40)], dim=1)
+    crossed = several.diff(dim=0).abs().sum(dim=0).double().mean().item()
+    assert crossed == pytest.approx(mean_share(), abs=4 * (0.25 / several.shape[1]) ** 0.5)
+    opposite = victim.query(255 - steps)
+    assert not torch.equal(opposite, 1 - answers)  # as it would be for planes through the origin
+
+
+def mean_share():
+    """How often a random plane through a point from N(0, 1)^D crosses the segment from (-2, ..., -2) to (2, ..., 2)."""
+    # p n given n is N(0, |n|^2), and 1 n given |n| is |n| cos of the angle to (1, ..., 1) times the root of D.
+    draws = np.random.default_rng(0)
+    normals, points = draws.standard_normal((2, 20000, DIM))
+    return float((np.abs((normals * points).sum(axis=1)) < 2 * np.abs(normals.sum(axis=1))).mean())
+
+
+def test_binary_origin_answers_say_on_which_sides_of_hyperplanes(images):
     images = random_images(20)
     h = represent(images)
-    answers = torch.cat([transformed("binary", images, secret=secret) for secret in range(40)], dim=1)
+    answers = torch.cat([transformed("binary-origin", images, secret=secret) for secret in range(40)], dim=1)
     assert set(answers.unique().tolist()) == {0.0, 1.0}
-    opposite = torch.cat([transformed("binary", 255 - images, secret=secret) for secret in range(40)], dim=1)
+    opposite = torch.cat([transformed("binary-origin", 255 - images, secret=secret) for secret in range(40)], dim=1)
     assert torch.equal(opposite, 1 - answers)
     angle = torch.nn.functional.cosine_similarity(h[:, None], h[None], dim=2).clamp(-1, 1).acos() / math.pi
     differ = (answers[:, None] != answers[None]).float().mean(dim=2)  # Goemans & Williamson: its mean is angle / pi
@@ -290,7 +353,7 @@ def slow_coverage(rows, normals):
 def test_coverage_counts_occupied_buckets(images, bits, size):
     draws = torch.Generator().manual_seed(bits)
     normals, rows = torch.randn(bits, DIM, generator=draws), represent(images)
-    coverage = Coverage(normals)
+    coverage = Coverage(Hyperplanes(normals))
     found = torch.cat([coverage.add(part) for part in rows.split(size)])
     assert found.tolist() == pytest.approx(slow_coverage(rows, normals))
     assert coverage.percent == pytest.approx(found[-1].item())
@@ -311,7 +374,7 @@ def test_noise_of_buckets_grows_with_an_accounts_coverage():
     defence = victim.defences[0]
     assert defence.coverage("a") == 0
     noise = (ask(victim, images, 64, "a") - represent(images)).double()
-    percent = slow_coverage(represent(images), defence._coverage["a"].normals)
+    percent = slow_coverage(represent(images), defence._cells.normals)
     assert defence.coverage("a") == pytest.approx(percent[-1])
     sigma = torch.tensor([1e-6 * (math.exp(math.log(5 / 1e-6) * o / 30) - 1) for o in percent], dtype=torch.double)
     sigma = sigma.clamp_max(1e6)
@@ -325,3 +388,117 @@ def test_noise_of_buckets_grows_with_an_accounts_coverage():
     assert defence.coverage("b") == pytest.approx(100 / 256)
     assert repeated.abs().max() < 1e-5
     assert defence.coverage("a") == pytest.approx(percent[-1])
+
+
+def test_expected_coverage_is_that_of_balls_in_bins():
+    """1 - (1 - 1/K)^N, against the sum over cells and against balls thrown; 4,000 queries: 62 % of 4,096 buckets."""
+    assert even_coverage(4000, 4096) == pytest.approx(62.34, abs=0.01)
+    assert even_coverage(50_000, 4096) == pytest.approx(100, abs=0.01)
+    draws = torch.Generator().manual_seed(0)
+    thrown = [torch.randint(0, 256, (300,), generator=draws).unique().numel() / 2.56 for _ in range(200)]
+    assert even_coverage(300, 256) == pytest.approx(sum(thrown) / 200, abs=0.5)
+    assert even_coverage(0, 8) == 0
+    assert (even_coverage(0, 1), even_coverage(3, 1)) == (0, 100)
+    for percent in (5.0, 62.34, 80.0):
+        assert even_coverage(queries_for(percent, 4096), 4096) == pytest.approx(percent)
+    assert queries_for(100, 4096) == math.inf
+
+
+def test_buckets_say_what_a_budget_can_reach():
+    """Where its noise can act: at 4,000 queries sigma is 0.04 at most, at 1,000 it is nothing."""
+    defence = Buckets()
+    words = defence.outlook(4000)
+    sigma = 1e-6 * (math.exp(math.log(0.8 / 1e-6) * 62.3415 / 80) - 1)
+    assert "an account with 4,000 queries occupies 62.3 % of 4,096 buckets if all are equally likely" in words
+    assert f"sigma {sigma:.3g} at most (alpha 0.8 at 80 % takes 6,592 queries)" in words
+    assert "alpha 0.8 at 100 % is never reached" in Buckets(bucket_beta=100.0).outlook(4000)
+    assert "sigma 3.87e-05" in Buckets().outlook(1000)
+    report = defence.report({"a": torch.arange(30), "b": torch.arange(4000)})
+    assert report["even_coverage"] == pytest.approx(62.34, abs=0.01)
+    assert report["even_sigma"] == pytest.approx(sigma, rel=1e-3)
+
+
+def test_centred_hyperplanes_go_through_the_mean_of_the_owners_images():
+    """Representations far from the origin, as after a ReLU: through the origin nearly all fall into a few buckets."""
+    rows = torch.randn(4000, DIM, generator=torch.Generator().manual_seed(0)) + 4
+    normals = torch.randn(8, DIM, generator=torch.Generator().manual_seed(1))
+    centre = rows.mean(dim=0)
+    found = Hyperplanes(normals, centre)(rows)
+    assert torch.equal(found, Hyperplanes(normals)(rows - centre))
+    origin, centred = (Coverage(cells).add(rows)[-1] for cells in (Hyperplanes(normals), Hyperplanes(normals, centre)))
+    assert origin < 50 < 95 < centred
+    defence = Buckets(bucket_bits=8, bucket_cells="centred")
+    assert defence.owner_images > 1000
+    defence.prepare(rows)
+    torch.testing.assert_close(defence._cells.centre, centre)
+
+
+def test_kmeans_cells_are_those_of_the_nearest_centroid():
+    draws = torch.Generator().manual_seed(0)
+    centres = 5 * torch.randn(8, DIM, generator=draws)
+    rows = centres.repeat_interleave(50, 0) + 0.5 * torch.randn(400, DIM, generator=draws)
+    cells = Centroids.fit(rows, 8)
+    nearest = [min(range(8), key=lambda k: math.dist(row, cells.centroids[k].tolist())) for row in rows.tolist()]
+    assert cells(rows).tolist() == nearest
+    assert cells.count == 8
+    distance = (rows - cells.centroids[cells(rows)]).norm(dim=1).mean()
+    assert distance < 0.6 * torch.cdist(rows, rows[torch.randperm(400, generator=draws)[:8]]).amin(dim=1).mean()
+    coverage = Coverage(cells)
+    assert coverage.add(rows[:120]).tolist()[-1] == pytest.approx(100 * len(set(nearest[:120])) / 8)
+    with pytest.raises(UserError, match="8 centroids, and the owner has 5 images: lower --bucket-bits to 2"):
+        Centroids.fit(rows[:5], 8)
+
+
+@pytest.mark.parametrize("cells", ["centred", "kmeans"])
+def test_cells_of_the_owners_images_are_made_before_the_first_query(cells, images):
+    victim = Victim(SimCLREncoder(Pixels(), "pixels"), defences=[Buckets(bucket_bits=4, bucket_cells=cells)])
+    with pytest.raises(UserError, match=f"--bucket-cells {cells} are made from the owner's images"):
+        victim.query(images[:2])
+    victim.prepare(random_images(100, seed=9))
+    victim.query(images)
+    defence = victim.defences[0]
+    expected = Coverage(defence._cells).add(represent(images))[-1].item()
+    assert defence.coverage() == pytest.approx(expected)
+    assert expected > 100 / 16
+
+
+# ---- near-copies -----------------------------------------------------------------------------------------------------
+
+
+def slow_hash(image):
+    """The signs of the lowest frequencies of an image (3, 32, 32), by the definition of the cosine transform."""
+    grey = image.double().sum(dim=0)
+    small = [[16 * grey[4 * i : 4 * i + 4, 4 * j : 4 * j + 4].mean().item() for j in range(8)] for i in range(8)]
+    bits = []
+    for u in range(5):
+        for v in range(5):
+            waves = [[math.cos(math.pi * k * (2 * i + 1) / 16) for i in range(8)] for k in (u, v)]
+            bits.append(sum(small[i][j] * waves[0][i] * waves[1][j] for i in range(8) for j in range(8)) > 0)
+    return bits[1:]
+
+
+def test_perceptual_hashes_are_signs_of_the_lowest_frequencies():
+    images = load_dataset("shapes", split="test")[0][:6]
+    hashes = perceptual_hashes(images)
+    assert (hashes.dtype, hashes.shape) == (torch.uint8, (6, 3))
+    bits = [[bool(byte >> place & 1) for byte in row for place in range(8)] for row in hashes.tolist()]
+    assert bits == [slow_hash(image) for image in images]
+    for other in (images.float() / 255, images.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(perceptual_hashes(other), hashes)
+    assert torch.equal(torch.cat([perceptual_hashes(image[None]) for image in images]), hashes)
+    assert perceptual_hashes(torch.full((2, 3, 2, 4), 77, dtype=torch.uint8)).tolist() == [[0, 0, 0]] * 2
+
+
+def test_near_copies_share_a_hash_and_different_images_do_not():
+    images = load_dataset("shapes", split="test")[0]
+    hashes = perceptual_hashes(images)
+    one_pixel = images.clone()
+    one_pixel[:, 1, 9, 20] ^= 1
+    kept = {0: (perceptual_hashes(one_pixel) == hashes).all(dim=1).float().mean().item()}
+    for levels in (1, 8):
+        near = perceptual_hashes(jitter(images[:500], levels, number=1))
+        kept[levels] = (near == hashes[:500]).all(dim=1).float().mean().item()
+    assert kept[0] > 0.99
+    assert 0.9 < kept[1] <= 1
+    assert 0.5 < kept[8] < kept[1]  # who changes more crosses more boundaries
+    assert len(hashes.unique(dim=0)) > 0.9 * len(images)

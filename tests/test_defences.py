@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from defenses import DEFENCES, DefenceChoice, parse_defences, use_defences
+from defenses.buckets import CELLS
 from defenses.poisoning import detection_figures
 from defenses.transform import KINDS
 from models.simclr import SimCLREncoder
@@ -67,6 +68,7 @@ STRONG = {
 CASES = [(name, {}) for name in DEFENCES if name != "transform"]
 CASES += [("transform", {"transform": kind}) for kind in KINDS]
 CASES += [("noise", {"consistent_noise": True})]
+CASES += [("buckets", {"bucket_cells": cells}) for cells in CELLS if cells != "hyperplanes"]
 RANDOM = [case for case in CASES if case[0] not in ("rounding", "topk", "truncate", "entropy", "detection")]
 every_case = pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 
@@ -78,7 +80,11 @@ def victim_with(names, secret=7, **settings):
         known = settings_of(DEFENCES[name])
         values = {key: value for key, value in {**STRONG, **settings}.items() if key in known}
         made.append(DEFENCES[name](secret=secret, **values))
-    return Victim(SimCLREncoder(Pixels(), "pixels"), defences=made)
+    victim = Victim(SimCLREncoder(Pixels(), "pixels"), defences=made)
+    wanted = max(defence.owner_images for defence in made)
+    if wanted:
+        victim.prepare(random_images(min(wanted, 100), seed=9))
+    return victim
 
 
 @pytest.fixture
@@ -262,6 +268,7 @@ RANGES = {
     ("truncate", "dimensions"): ([1, DIM], [0, -1]),
     ("transform", "transform"): ([*KINDS], ["spin", ""]),
     ("buckets", "bucket_bits"): ([1, 10], [0, 25]),  # 24 bits: 16 million buckets
+    ("buckets", "bucket_cells"): ([*CELLS], ["squares", ""]),
     ("buckets", "bucket_lambda"): ([1e-9, 0.1], [0.0, -1.0, math.nan, math.inf]),
     ("buckets", "bucket_alpha"): ([1e-3, 10.0], [1e-7, -1.0, math.nan, math.inf]),
     ("buckets", "bucket_beta"): ([1e-3, 100.0], [0.0, 101.0, -1.0, math.nan]),

@@ -9,14 +9,20 @@ import torch.nn.functional as F
 from scipy import stats
 
 import detect
+from attacks import Attack
+from attacks.adaptive import ask_as_sybils, ask_within
+from attacks.client import CPU, Client
 from data_aug.datasets import load_dataset
-from defenses.buckets import hyperplanes
+from data_aug.images import Stored
+from defenses.buckets import Hyperplanes
 from defenses.detection import SCORES, Detection, non_normality, scores_of, similarity
 from defenses.nearest import BLOCK, Memory, nearest_distances
-from evaluation import represent, streams
+from defenses.prada import growing_set_distances, prada
+from evaluation import represent, streams, watching
 from files.writing import save_checkpoint
-from utils import Precision, UserError, generator
-from victim import Victim, digest_tensor
+from models import build_encoder
+from utils import Precision, UserError, generator, seeded
+from victim import Victim, digest_tensor, image_digests
 
 DIM = 16
 
@@ -104,10 +110,66 @@ def test_non_normality_of_long_streams_warns_of_nothing(recwarn):
 
 def test_coverage_counts_the_buckets_met():
     rows = vectors(40)
-    normals = hyperplanes(5, DIM, generator(3, "detection"))
+    normals = Hyperplanes.draw(5, DIM, generator(3, "detection")).normals
     met = {tuple(float(normal @ row) > 0 for normal in normals) for row in rows}
     assert 1 < len(met) < 32
     assert scores_of(rows, bits=5, secret=3)["coverage"] == pytest.approx(100 * len(met) / 32)
+
+
+# ---- PRADA -----------------------------------------------------------------------------------------------------------
+
+
+def slow_prada(rows, classes):
+    """The distances by the paper's algorithm, in plain lists, and the lowest W over the stream."""
+    sets, joined, threshold, distances, lowest = {}, {}, {}, [], 1.0
+    for x, c in zip(rows.tolist(), classes.tolist(), strict=True):
+        if c not in sets:
+            sets[c], joined[c], threshold[c] = [x], [0.0], 0.0
+            continue
+        d = min(math.dist(x, y) for y in sets[c])
+        distances.append(d)
+        if d > threshold[c]:
+            sets[c].append(x)
+            joined[c].append(d)
+            mean = sum(joined[c]) / len(joined[c])
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in joined[c]) / len(joined[c]))
+            threshold[c] = max(threshold[c], mean - deviation)
+        if len(distances) > 100:
+            mean = sum(distances) / len(distances)
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in distances) / len(distances))
+            kept = [value for value in distances if abs(value - mean) <= 3 * deviation]
+            lowest = min(lowest, stats.shapiro(kept).statistic)
+    return distances, lowest
+
+
+def pixels(count, seed=0):
+    return torch.randint(0, 256, (count, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("length", [100, 140])
+def test_prada_is_that_of_its_paper(length):
+    images, classes = pixels(length), torch.arange(length) % 3
+    images[90:] = images[40 : length - 50] // 2  # some are nearer than others, and their class another
+    distances, lowest = slow_prada(images.flatten(1) / 255, classes)
+    assert len(distances) == length - 3
+    assert growing_set_distances(images.flatten(1) / 255, classes) == pytest.approx(distances, abs=1e-6)
+    assert prada(images, classes) == pytest.approx(1 - lowest, abs=1e-6)
+    assert (lowest < 1) == (length > 103)
+
+
+def test_prada_sees_only_queries_of_the_same_class_and_of_its_growing_set():
+    rows = torch.tensor([0.0, 10, 1, 10, 11, 4.0, 4.5])[:, None]
+    classes = torch.tensor([0, 1, 0, 0, 1, 0, 0])
+    # All of class 0 join: its threshold stays 0, since their mean less their deviation is never above.
+    assert growing_set_distances(rows, classes).tolist() == pytest.approx([1, 9, 1, 3, 0.5])
+
+
+def test_prada_says_nothing_of_few_queries_and_flags_an_attacker_who_repeats():
+    images = pixels(300)
+    classes = torch.arange(300) % 2
+    assert prada(images[:102], classes[:102]) == 0
+    repeated = prada(images[:150].repeat(2, 1, 1, 1), classes[:150].repeat(2))
+    assert prada(images, classes) < 0.1 < repeated
 
 
 # ---- which streams look more like an attack --------------------------------------------------------------------------
@@ -138,8 +200,8 @@ STREAMS = {"fresh": fresh, "views": views, "repeat": lambda: fresh()[:200].repea
         ("nearest", "narrow", "fresh"),  # what it cannot do: a narrow task looks like an attack
         ("coverage", "fresh", "narrow"),
         ("coverage", "fresh", "repeat"),  # nor can this find one who repeats
-        ("prada", "repeat", "fresh"),
-        ("prada", "views", "fresh"),
+        ("normality", "repeat", "fresh"),
+        ("normality", "views", "fresh"),
     ],
 )
 def test_the_direction_of_each_score(name, more, less):
@@ -223,27 +285,43 @@ def owned(encoder, tmp_path):
     return path
 
 
-def test_the_command_prints_and_records_its_table(call, owned, tmp_path):
-    arguments = (*QUICK, "--victim", owned, "--dataset-users", "svhn", "--repeat", "3")
+def test_the_command_prints_and_records_its_table(call, owned, write_npz, tmp_path):
+    few = f"npz:{write_npz(test=200)}"
+    arguments = (*QUICK, "--dataset", few, "--victim", owned, "--dataset-users", "svhn", "--repeat", "3")
     code, out, err = call(detect, *arguments)
     assert code == 0, err
     row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text())
     assert {"command", "commit", "torch", "device", "seed"} <= row.keys()
-    assert (row["streams"], row["stream_length"], row["images"], row["repeat"]) == (4, 30, 4000, 3)
+    assert (row["streams"], row["stream_length"], row["images"], row["repeat"]) == (4, 30, 200, 3)
     assert "users draw from 50% of each class" in row["parting"]
     assert row["parting"] in out
+    assert "logistic regression on 64 labelled images of npz:" in out
     for users in ("task", "other"):
-        for name in SCORES:
-            keys = [f"{users}_{attacker}_{name}" for attacker in ("plain", "views", "repeat")]
+        for name in (*SCORES, "prada"):
+            keys = [f"{users}_{attacker}_{name}" for attacker in streams.ATTACKERS]
             cells = [f"{row[f'auc_{key}']:.3f}, {row[f'detected_{key}']:.0%}" for key in keys]
             assert f"| {users} | {name} | {' | '.join(cells)} |" in out
+    assert len(streams.ATTACKERS) == 5
+    assert "| sybils | 16 |" in out  # four accounts for each of four attacks
     # Two of three queries are at distance 0: no encoder can hide that.
     assert row["auc_task_repeat_nearest"] == row["detected_task_repeat_nearest"] == 1
+    assert row["flagged_plain"] == 0  # PRADA says nothing of 30 queries
     code, again, _ = call(detect, *arguments, "--resume")
     assert code == 0
     assert "has its results already" in again
     assert f"| other | prada | {cells[0]}" in again
     assert len((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_without_the_owners_labelled_images_there_is_no_prada(call, encoder, write_npz, tmp_path):
+    settings = {"dataset": "npz:nowhere.npz"}
+    state = {"arch": "resnet10w32", "state_dict": encoder.state_dict(), "epoch": 1, "settings": settings}
+    save_checkpoint(state, tmp_path / "elsewhere.pth.tar")
+    arguments = (*QUICK, "--dataset", f"npz:{write_npz(test=200)}", "--streams", "1")
+    code, out, err = call(detect, *arguments, "--victim", tmp_path / "elsewhere.pth.tar")
+    assert code == 0, err
+    assert "without PRADA, which needs labelled images of the owner's: " in out
+    assert "prada" not in out
 
 
 def test_refusals_are_one_line(refused, owned, tmp_path):
@@ -311,34 +389,76 @@ def test_users_ask_about_different_images_of_few_classes():
     assert len(tasks) > 1
 
 
-def test_attackers_send_what_their_names_say(encoder):
-    settings = streams.Streams(streams=2, stream_length=11, repeat=4)
-    images = load_dataset("shapes", split="test")[0][:40]
-    precision = Precision("fp32", torch.device("cpu"))
-    known, chosen = represent(encoder, images, precision), torch.arange(20, 40)
-    sent = list(streams.attackers_streams(settings, encoder, precision, images, known, chosen, seed=0))
-    assert [kind for kind, _ in sent] == ["plain", "views", "repeat"] * 2
+@pytest.fixture(scope="module")
+def pool():
+    """120 shapes as an untrained encoder sees them, and a victim that answers so."""
+    with seeded(0):
+        model = build_encoder("resnet10w32").eval()
+    images = load_dataset("shapes", split="test")[0][:120]
+    return model, streams.Sent(images, represent(model, images))
 
-    def which(stream):
-        return [int(index) if close < 1e-5 else None for close, index in map(min_of, stream)]
 
-    def min_of(row):
-        return (known - row).abs().amax(dim=1).min(dim=0)
-
+def test_attackers_send_what_their_names_say(pool):
+    model, all_of_them = pool
+    settings = streams.Streams(streams=2, stream_length=11, repeat=4, sybils=3)
+    sent = [*streams.attackers_streams(settings, model, Precision("fp32", CPU), all_of_them, seed=0)]
+    one = ["plain", "views", "repeat", "sybils", "sybils", "sybils", "few-buckets"]
+    assert [kind for kind, _ in sent] == one * 2
+    digests = {digest: index for index, digest in enumerate(image_digests(all_of_them.images))}
     for kind, stream in sent:
-        assert len(stream) == 11
-        found = which(stream)
+        found = [digests.get(digest) for digest in image_digests(stream.images)]
+        torch.testing.assert_close(stream.representations, represent(model, stream.images), rtol=1e-3, atol=1e-4)
+        assert len(found) == 11 if kind != "sybils" else len(found) in (3, 4, 5)
         if kind == "views":
             assert found.count(None) > 8
             continue
-        assert set(found) <= set(range(20, 40))
-        assert len(set(found)) == (11 if kind == "plain" else 3)
-        assert kind == "plain" or found == (found[:3] * 4)[:11]
-    assert not torch.equal(sent[0][1], sent[3][1])
+        assert None not in found
+        assert len(set(found)) == (3 if kind == "repeat" else len(found))
+        assert kind != "repeat" or found == (found[:3] * 4)[:11]
+    assert not torch.equal(sent[0][1].images, sent[7][1].images)
+
+
+def test_accounts_of_sybils_are_those_of_the_attack(pool):
+    """Image by image and account by account what the attack asks with the same budget."""
+    model, all_of_them = pool
+    length, accounts = 60, 4
+    attack = Attack(sybils=accounts, shared=3)
+    asked = torch.randperm(120, generator=generator(0, "t"))[:length]
+    found = streams.sybil_accounts(asked, accounts, length)
+    client = Client(Victim(model))
+    index = asked[: attack.images(length)]
+    ask_as_sybils(client, Stored(all_of_them.images[index]), index, accounts, attack.shared)
+    assert [stream.tolist() for stream in found] == [sources.tolist() for sources in client.sources.values()]
+    assert sum(map(len, found)) == client.victim.ledger.queries == length
+
+
+def test_few_buckets_are_chosen_as_the_attack_chooses(pool):
+    model, all_of_them = pool
+    features = torch.randn(120, 6, generator=generator(0, "features"))
+    client = Client(Victim(model))
+    expected, _, _ = ask_within(client, Stored(all_of_them.images), features, 40, 100.0, generator(0, "t"))
+    found = streams.few_buckets(all_of_them, features, 40, generator(0, "t"))
+    assert len(found) == 40
+    assert torch.equal(found, expected)
+
+
+def test_an_account_of_sybils_covers_less_than_one_attacker(pool):
+    _, all_of_them = pool
+    asked = torch.arange(100)
+    whole = scores_of(all_of_them.at(asked).representations)["coverage"]
+    for part in streams.sybil_accounts(asked, 4, 100):
+        assert scores_of(all_of_them.at(part).representations)["coverage"] < whole
+
+
+def test_prada_flags_the_streams_whose_w_is_below_delta():
+    scores = {kind: {"nearest": [0.1, 0.2], "prada": [0.05, 0.15]} for kind in (*streams.ATTACKERS, "task")}
+    figures = watching.stream_figures(scores, prada_delta=0.9)
+    assert figures["flagged_plain"] == figures["flagged_task"] == 0.5
+    assert "| plain | 2 | 0.15 | 0.1 | 50% |" in watching.stream_table(scores, figures)
 
 
 def test_false_alarms_are_five_in_a_hundred_at_most():
     users = [float(value) for value in range(100)]
-    assert streams.detected([94.0, 94.5, 95.0, 200.0], users) == 0.75  # five users exceed 94
-    assert streams.detected([99.0, 99.5], users[-19:]) == 0.5  # of so few users none may
-    assert streams.detected([1.0] * 4, [1.0] * 40) == 0
+    assert watching.detected([94.0, 94.5, 95.0, 200.0], users) == 0.75  # five users exceed 94
+    assert watching.detected([99.0, 99.5], users[-19:]) == 0.5  # of so few users none may
+    assert watching.detected([1.0] * 4, [1.0] * 40) == 0

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from data_aug.datasets import to_float
+from attacks.client import jitter
+from data_aug.datasets import load_dataset, to_float
 from defenses import DEFENCES, Defence
+from files.reading import checked
 from models import build_encoder
+from models.files import RECORDED
+from training.record import Record
 from utils import UserError
 from victim import (
     Api,
@@ -74,7 +78,7 @@ def test_an_api_answers_its_output(encoder, images):
 def test_uint8_and_float_are_the_same_query(encoder, images):
     victim = Victim(encoder)
     assert torch.equal(victim.query(images), victim.query(images.float() / 255))
-    assert victim.ledger.summary() == {"queries": 24, "distinct": 12, "calls": 2}
+    assert victim.ledger.summary() == {"queries": 24, "distinct": 12, "near_distinct": 12, "calls": 2}
 
 
 def test_digests_tell_images_apart(images):
@@ -98,7 +102,7 @@ def test_ledger_counts_queries_distinct_images_and_calls_by_account(encoder, ima
     victim.query(images[:5], account="a")
     victim.query(images[3:8], account="a")
     victim.query(images[:2], account="b")
-    assert victim.ledger.summary() == {"queries": 12, "distinct": 8, "calls": 3}
+    assert victim.ledger.summary() == {"queries": 12, "distinct": 8, "near_distinct": 8, "calls": 3}
     accounts = victim.ledger.accounts
     by_account = {name: (account.queries, account.distinct, account.calls) for name, account in accounts.items()}
     assert by_account == {"a": (10, 8, 2), "b": (2, 2, 1)}
@@ -115,13 +119,42 @@ def test_ledger_survives_a_checkpoint(encoder, images, tmp_path):
     assert restored.accounts == victim.ledger.accounts
 
 
+def test_near_copies_of_an_image_are_distinct_and_counted_once_beside_that():
+    """12 pictures, each as it is, with one pixel changed by a level, and with all pixels changed by up to a level."""
+    pictures = load_dataset("shapes", split="test")[0][:12]
+    one_pixel = pictures.clone()
+    one_pixel[:, 0, 5, 5] ^= 1
+    victim = Victim(build_encoder("resnet10w32"))
+    for images in (pictures, one_pixel, jitter(pictures, 1, number=1)):
+        victim.query(images)
+    assert (victim.ledger.queries, victim.ledger.distinct) == (36, 36)
+    assert 12 <= victim.ledger.near_distinct <= 14
+
+
+def test_a_ledger_of_before_the_hashes_is_read(encoder, images):
+    victim = Victim(encoder)
+    victim.query(images)
+    state = victim.ledger.state_dict()
+    assert Record(ledger=state).figures() == {"queries": 12, "distinct": 12, "near_distinct": 12}
+    del state["default"]["near"]
+    older = Ledger()
+    older.load_state_dict(state)
+    older.record(image_digests(images[:3]))
+    assert older.summary() == {"queries": 15, "distinct": 12, "near_distinct": None, "calls": 2}
+    assert older.state_dict()["default"].keys() == {"queries", "calls", "images"}
+    assert Record(ledger=state).figures() == {"queries": 12, "distinct": 12, "near_distinct": None}
+    assert checked({"ledger": state}, RECORDED, "a file")
+    with pytest.raises(UserError, match="near as hashes of 3 bytes"):
+        checked({"ledger": {"a": {**state["default"], "near": torch.zeros(4, dtype=torch.uint8)}}}, RECORDED, "a file")
+
+
 def test_budget_refuses_the_query_that_would_exceed_it(encoder, images):
     watch = Times()
     victim = Victim(encoder, budget=10, defences=[watch])
     victim.query(images[:6])
     with pytest.raises(BudgetExceeded, match=r"5 images.*budget of 10.*6 are spent"):
         victim.query(images[:5])
-    assert victim.ledger.summary() == {"queries": 6, "distinct": 6, "calls": 1}
+    assert victim.ledger.summary() == {"queries": 6, "distinct": 6, "near_distinct": 6, "calls": 1}
     assert len(watch.seen) == 6
     victim.query(images[6:10])
     assert victim.ledger.queries == 10
@@ -139,7 +172,7 @@ def test_the_same_image_asked_again_is_paid_for_again(budget, account, encoder, 
         victim.query(images[:1])
     with pytest.raises(BudgetExceeded, match=f"1 images would exceed the budget of {budget}: {budget} are spent"):
         victim.query(images[:1], account)
-    assert victim.ledger.summary() == {"queries": budget, "distinct": 1, "calls": budget}
+    assert victim.ledger.summary() == {"queries": budget, "distinct": 1, "near_distinct": 1, "calls": budget}
 
 
 def test_queries_change_nothing_in_the_encoder(encoder, images):
@@ -226,8 +259,8 @@ def test_a_victim_without_a_head_cannot_compare_projections(images):
 
 
 def test_width_of_answers_is_that_after_all_defences(encoder, images):
-    victim = Victim(encoder, defences=[DEFENCES["truncate"](), DEFENCES["transform"](transform="pad-shuffle")])
-    assert victim.dim == victim.query(images).shape[1] == 160
+    victim = Victim(encoder, defences=[DEFENCES["truncate"](), DEFENCES["transform"](transform="pad")])
+    assert victim.dim == victim.query(images).shape[1] == 256
     with pytest.raises(UserError, match=r"--top-k 200 .* 128 numbers"):
         Victim(encoder, defences=[DEFENCES["truncate"](), DEFENCES["topk"](top_k=200)])
 
@@ -251,4 +284,4 @@ def test_what_is_no_query_is_refused_and_not_paid(change, said, encoder, images)
     victim = Victim(encoder, budget=100)
     with pytest.raises(ValueError, match=said):
         victim.query(change(images))
-    assert victim.ledger.summary() == {"queries": 0, "distinct": 0, "calls": 0}
+    assert victim.ledger.summary() == {"queries": 0, "distinct": 0, "near_distinct": 0, "calls": 0}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_aug.digests import HASH_BYTES, unpack_digests
 from files.reading import checked
 from models.files import RECORDED
 
@@ -14,9 +15,10 @@ from models.files import RECORDED
 class Record:
     """What a checkpoint says of where a model comes from: the images, and what a copy's attacker asked of whom.
 
-    images: how many a victim was trained on. query_set: data set, split and number of the images queried, query_indices
-    (N,) their positions in that split, query_digests (N, 16) those of the pixels sent. ledger: the victim's record.
-    defence_report: the defences' figures. stolen_from, victim_version: the weights of the encoder and of its API.
+    images: how many a victim was trained on. query_set: data set, split and number of the images queried, and how
+    many were available; query_indices (N,) their positions in that split, query_digests (N, 16) those of the pixels
+    sent. ledger: the victim's record. defence_report: the defences' figures. stolen_from, victim_version: the weights
+    of the encoder and of its API.
     """
 
     images: int | None = None
@@ -50,8 +52,13 @@ class Record:
         return record
 
     def figures(self) -> dict[str, Any]:
-        """Queries, distinct images queried, and the defences' figures, which cannot take the place of the two."""
+        """Queries, distinct images queried, and the defences' figures, which cannot take the place of these.
+
+        near_distinct is None where an earlier version kept no perceptual hashes.
+        """
         accounts = self.ledger.values()
-        distinct = {bytes(row) for account in accounts for row in account["images"].view(-1, 16).numpy()}
+        distinct = {digest for account in accounts for digest in unpack_digests(account["images"])}
+        hashes = [unpack_digests(account["near"], HASH_BYTES) for account in accounts if "near" in account]
+        near = len(set().union(*hashes)) if len(hashes) == len(accounts) else None
         queries = sum(account["queries"] for account in accounts)
-        return {**self.defence_report, "queries": queries, "distinct": len(distinct)}
+        return {**self.defence_report, "queries": queries, "distinct": len(distinct), "near_distinct": near}

@@ -1,0 +1,123 @@
+"""How a detector and PRADA score attackers' and users' streams, and how well the scores tell them apart."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_aug.datasets import load_labelled, take_balanced
+from defenses.detection import Detection
+from defenses.prada import prada
+from evaluation.probes import logistic_regression
+from evaluation.statistics import roc
+from evaluation.streams import ATTACKERS, Sent, Streams, attackers_streams, users_streams
+from models import SimCLREncoder
+from training.represent import represent
+from utils import Precision
+
+FALSE_ALARMS = 0.05  # share of users' streams that may be taken for attacks
+
+Scores = dict[str, dict[str, list[float]]]  # kind -> statistic -> the score of each stream
+Classify = Callable[[Tensor], Tensor]  # representations (N, D) -> classes (N,)
+
+
+def owner_classifier(
+    streams: Streams, owner: str, encoder: SimCLREncoder, precision: Precision, root: Path, seed: int
+) -> tuple[Classify, str]:
+    """The owner's own classifier, by which PRADA groups queries, and a line about it.
+
+    Logistic regression on representations of the owner's labelled images, those of the `train` split of the data set
+    `owner`. UserError where they are not at hand.
+    """
+    images, labels = load_labelled(owner, root, "train")
+    chosen = take_balanced(labels, min(streams.classifier_images, len(labels)), seed)
+    train = represent(encoder, images[chosen], precision), labels[chosen].to(precision.device)
+    linear = logistic_regression(train, train, seed)
+    words = f"PRADA's classes: logistic regression on {len(chosen)} labelled images of {owner}, the owner's"
+    return lambda rows: F.linear(rows, linear.weight, linear.bias).argmax(dim=1), words
+
+
+def score_all(
+    streams: Streams,
+    detector: Detection,
+    encoder: SimCLREncoder,
+    precision: Precision,
+    data: tuple[Tensor, Tensor, Tensor | None],
+    parts: tuple[Tensor, Tensor],
+    seed: int,
+    classify: Classify | None = None,
+) -> Scores:
+    """The scores of all attackers' and users' streams.
+
+    Each stream is watched by a fresh copy of the detector; `prada` is among the scores where the owner can `classify`.
+    data: the images (N, 3, H, W) of `streams.dataset`, their labels (N,), and the images of `load_others`. parts: the
+    positions of the attackers' images and of the users'.
+    """
+    images, labels, others = data
+    attackers, users = parts
+    known = Sent(images, represent(encoder, images, precision))
+    others = None if others is None else Sent(others, represent(encoder, others, precision))
+    scores: Scores = {}
+    sent = attackers_streams(streams, encoder, precision, known.at(attackers), seed)
+    for kind, queries in itertools.chain(sent, users_streams(streams, known.at(users), labels[users], others, seed)):
+        fresh = dataclasses.replace(detector, _streams={})
+        fresh.watch(queries.representations)
+        found = fresh.scores()
+        if classify is not None:
+            found["prada"] = prada(queries.images, classify(queries.representations).cpu())
+        for name, value in found.items():
+            scores.setdefault(kind, {}).setdefault(name, []).append(value)
+    return scores
+
+
+def detected(attacks: list[float], users: list[float]) -> float:
+    """The share of attacks above the lowest threshold that at most FALSE_ALARMS of the users exceed."""
+    allowed = int(FALSE_ALARMS * len(users))
+    threshold = sorted(users, reverse=True)[allowed]
+    return sum(value > threshold for value in attacks) / len(attacks)
+
+
+def _users(scores: Scores) -> list[str]:
+    return [kind for kind in scores if kind not in ATTACKERS]
+
+
+def _statistics(scores: Scores) -> list[str]:
+    return list(scores["plain"])
+
+
+def stream_figures(scores: Scores, prada_delta: float) -> dict[str, float]:
+    """auc_USERS_ATTACKER_STATISTIC and detected_USERS_ATTACKER_STATISTIC, shares in [0, 1].
+
+    With PRADA's scores also flagged_KIND: the share of the streams whose W fell below `prada_delta`.
+    """
+    figures = {}
+    for users, attacker, name in itertools.product(_users(scores), ATTACKERS, _statistics(scores)):
+        both = scores[attacker][name], scores[users][name]
+        figures[f"auc_{users}_{attacker}_{name}"] = round(roc(*both)[1], 6)
+        figures[f"detected_{users}_{attacker}_{name}"] = round(detected(*both), 6)
+    for kind, of_kind in scores.items():
+        values = of_kind.get("prada", [])
+        if values:
+            figures[f"flagged_{kind}"] = round(sum(value > 1 - prada_delta for value in values) / len(values), 6)
+    return figures
+
+
+def stream_table(scores: Scores, figures: Mapping[str, float]) -> str:
+    """Markdown: the mean scores of each kind, then AUC and detection rate by users, statistic and attacker."""
+    names = _statistics(scores)
+    head = ["kind", "streams", *(f"mean {name}" for name in names), *(["flagged by PRADA"] if "prada" in names else [])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for kind, of_kind in scores.items():
+        cells = [f"{sum(values) / len(values):.4g}" for values in of_kind.values()]
+        cells += [f"{figures[f'flagged_{kind}']:.0%}"] if "prada" in names else []
+        lines.append(f"| {kind} | {len(of_kind['nearest'])} | {' | '.join(cells)} |")
+    lines += ["", f"AUC, and share detected at {FALSE_ALARMS:.0%} false alarms:", ""]
+    lines += [f"| users | statistic | {' | '.join(ATTACKERS)} |", "|---" * (2 + len(ATTACKERS)) + "|"]
+    for users, name in itertools.product(_users(scores), names):
+        keys = [f"{users}_{attacker}_{name}" for attacker in ATTACKERS]
+        cells = [f"{figures[f'auc_{key}']:.3f}, {figures[f'detected_{key}']:.0%}" for key in keys]
+        lines.append(f"| {users} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
