@@ -2,6 +2,7 @@
 
 python run.py -data ./datasets --dataset cifar10 --epochs 200 --arch resnet34
 torchrun --nproc-per-node 4 run.py --dataset cifar10 --epochs 200 --arch resnet34
+python run.py --sslguard VICTIM          # puts SSLGuard's watermark into a trained victim
 """
 
 from collections.abc import Sequence
@@ -10,17 +11,11 @@ from dataclasses import dataclass
 import jobs.early  # noqa: F401
 
 from attacks import victims
-from data_aug.datasets import (
-    DATASET_NAMES,
-    Data,
-    channel_statistics,
-    check_name,
-    load_dataset,
-    take_balanced,
-    unlabelled_split,
-)
+from data_aug.datasets import DATASET_NAMES, SIZE, Data, channel_statistics, check_name, load_dataset, load_training
 from data_aug.images import Stored
+from defenses.sslguard import SSLGuard
 from defenses.watermark import WatermarkMLP, watermark_line
+from evaluation.marks import mark_victim, use_marking
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from jobs.place import Processes
@@ -67,7 +62,7 @@ class Train(Settings):
 def make_parser() -> Parser:
     return Parser(
         __doc__,
-        [Data, Train, LossChoice, Recipe, *TRAIN_LOSSES.values(), Machine, Threads, Protocol, Processes],
+        [Data, Train, LossChoice, Recipe, *TRAIN_LOSSES.values(), SSLGuard, Machine, Threads, Protocol, Processes],
         kind="victim",
         core=("dataset", "arch", "losstype", "epochs", "seed"),
         defaults={"epochs": 200},
@@ -78,6 +73,8 @@ def make_parser() -> Parser:
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
     command.use_all(Data, Machine, Threads, Protocol, Processes)
+    if command.victim:
+        return use_marking(command)
     loss = command.use(TRAIN_LOSSES[command.use(LossChoice).losstype])
     command.use(Train, {"n_views": loss.min_views})
     command.use(Recipe, loss.presets, seed=command.seed, recipe=command.recipe)
@@ -89,13 +86,14 @@ def parse(line: Sequence[str] | None = None) -> Command:
 def main() -> None:
     command = parse()
     machine, precision = set_up(command)
+    if command.victim:
+        mark_victim(command, precision)
+        return
     train, loss = command[Train], command[Loss]
     run = open_run(command, machine.checkpoint_dir, precision)
-    split = "train" if loss.needs_labels else unlabelled_split(train.dataset)
-    images, labels = load_dataset(train.dataset, command.data, split)
-    if train.num_train:
-        chosen = take_balanced(labels, train.num_train, machine.seed)
-        images, labels = images[chosen], labels[chosen]
+    wide = command.recipe == "released" and loss.augment == "simclr" and not train.watermark
+    options = {"number": train.num_train, "seed": machine.seed, "wide": wide}
+    images, labels, split = load_training(train.dataset, command.data, loss.needs_labels, **options)
     head = ("linear", int(labels.max()) + 1) if command.losstype == "supervised" else ("mlp", train.out_dim)
     with seeded(machine.seed):
         normalize = channel_statistics(images) if train.normalize else None
@@ -104,7 +102,7 @@ def main() -> None:
     run.record.images = len(images)
     print(f"victim: {train.arch} on {len(images)} images of {train.dataset} ({split}), {precision}")
     print(command.line())
-    SimCLR(model, loss, command[Recipe], run, watermark).train(Stored(images), labels, train.n_views)
+    SimCLR(model, loss, command[Recipe], run, watermark).train(Stored(images, SIZE), labels, train.n_views)
     if watermark:
         test, _ = load_dataset(train.dataset, command.data, "test")
         print(watermark_line(model, watermark.eval(), test, precision, machine.seed))

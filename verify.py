@@ -1,10 +1,11 @@
-"""Is this encoder stolen? Tests for the victim's rotation watermark, or for its training images (dataset inference).
+"""Is this encoder stolen? Tests for the victim's watermark, its training images (dataset inference), its similarity.
 
 python verify.py --method watermark --victim VICTIM.pth.tar --suspect SUSPECT.pth.tar --independent A.pth.tar B.pth.tar
 
-A suspect is called stolen if every test that the given encoders allow has a p-value below --level. Tests over images
-detect any difference, however small. The test over encoders compares a suspect with two or more encoders that are
-independent of the victim. A method that does not find the victim itself decides nothing.
+A suspect is called stolen if every test that the given encoders allow has a p-value below --level, after Holm's
+correction for the number of suspects. Tests over images detect any difference, however small. The test over encoders
+compares a suspect with two or more encoders that are independent of the victim. A method that does not find the victim
+itself, or finds an untrained encoder, decides nothing.
 """
 
 import hashlib
@@ -16,8 +17,16 @@ from pathlib import Path
 import jobs.early  # noqa: F401
 
 from data_aug.datasets import Data
-from evaluation.ownership import METHODS, OwnershipTest, dataset_of, measure_all, open_candidates
-from evaluation.verdict import add_verdict_rows, detection_rates, judge_all, verdict_lines, verdict_table
+from evaluation.candidates import OwnershipTest, add_control, dataset_of, open_candidates
+from evaluation.ownership import METHODS, measure_all
+from evaluation.verdict import (
+    add_verdict_rows,
+    count_words,
+    detection_rates,
+    judge_all,
+    verdict_lines,
+    verdict_table,
+)
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from settings import Command, Parser, Settings, setting
@@ -84,14 +93,14 @@ def main() -> None:
     if run.done(rows=len(suspects)):
         print(*(f"{row['checkpoint']}: {row['verdict']}" for row in run.rows()), sep="\n")
         return
+    add_control(candidates, machine.seed)
     counts = measure_all(test, command.data, candidates, precision, machine.seed)
     judge_all(test, candidates)
     words, overall = detection_rates(test, candidates)
 
     run.start()
     dataset = dataset_of(test, candidates[0])
-    number = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items())
-    lines = [f"{test.method} on {dataset}: {number}, {precision}", verdict_table(candidates), *words]
+    lines = [f"{test.method} on {dataset}: {count_words(counts)}, {precision}", verdict_table(candidates), *words]
     run.say("\n".join([*lines, *verdict_lines(candidates)]))
     more = {
         **{"dataset": dataset, **counts, **overall, "seed": machine.seed},

@@ -79,10 +79,27 @@ class _Published:
         return to_images(np.asarray(data.data), size), labels
 
 
+@dataclass(frozen=True)
+class _Redrawn:
+    """A data set whose splits are not alike: merged, shuffled and divided again, a share of the images for training."""
+
+    source: str
+    share: float
+
+    def load(self, root: Path, split: str, size: int | None) -> tuple[Tensor, Tensor]:
+        parts = [load_dataset(self.source, root, part, size) for part in ("train", "test")]
+        images, labels = (torch.cat(both) for both in zip(*parts, strict=True))
+        order = torch.randperm(len(labels), generator=generator(0, f"redrawn {self.source}"))
+        train = round(self.share * len(labels))
+        index = order[train:] if split == "test" else order[:train]
+        return images[index], labels[index]
+
+
 DATASETS = {
     "cifar10": _Published("CIFAR10"),
     "cifar100": _Published("CIFAR100"),
     "svhn": _Published("SVHN", "SVHN", by_name=True),
+    "svhn-merged": _Redrawn("svhn", 0.8),  # as dataset inference's authors draw it
     "stl10": _Published("STL10", splits=("train", "test", "unlabeled"), by_name=True),
     "mnist": _Published("MNIST"),
     "fashionmnist": _Published("FashionMNIST"),
@@ -145,6 +162,8 @@ def load_dataset(
     if form in FORMS:
         return FORMS[form](Path(os.path.expanduser(path)), split, size)
     source = DATASETS[name]
+    if isinstance(source, _Redrawn):
+        return source.load(root, split, size)
     if not isinstance(source, _Published):
         images, labels = source(split)
         return resize(images, size), labels
@@ -152,6 +171,21 @@ def load_dataset(
     if offline.exists():
         return load_npz(offline, split, size)
     return source.load(name, root, split, size)
+
+
+def load_training(
+    name: str, root: str | Path, labelled: bool, number: int | None = None, seed: int = 0, wide: bool = False
+) -> tuple[Tensor, Tensor, str]:
+    """As `load_dataset`: what an encoder is trained on, by labels or without, and the split that it is of.
+
+    number: a class-balanced subset of so many images, by the seed. wide: as in `source_size`.
+    """
+    split = "train" if labelled else unlabelled_split(name)
+    images, labels = load_dataset(name, root, split, source_size(name, wide))
+    if number:
+        chosen = take_balanced(labels, number, seed)
+        images, labels = images[chosen], labels[chosen]
+    return images, labels, split
 
 
 def load_labelled(name: str, root: str | Path, split: str) -> tuple[Tensor, Tensor]:
@@ -177,7 +211,14 @@ def held_out(count: int) -> int:
     return HELD_OUT if count > HELD_OUT else (count + 1) // 2
 
 
-def load_queries(name: str, victim_dataset: str, root: str | Path, force: bool = False) -> tuple[Tensor, Tensor, str]:
+def source_size(name: str, wide: bool) -> int | None:
+    """The size in which images are loaded: SIZE or, where random views are cut from them as in 2022, STL-10's own."""
+    return None if wide and name == "stl10" else SIZE
+
+
+def load_queries(
+    name: str, victim_dataset: str, root: str | Path, force: bool = False, size: int | None = SIZE
+) -> tuple[Tensor, Tensor, str]:
     """An attacker's images, uint8 (N, 3, H, W), their labels (N,) and their split.
 
     Of the victim's data set the attacker has the test split without its last `held_out` images, which are left for
@@ -185,8 +226,8 @@ def load_queries(name: str, victim_dataset: str, root: str | Path, force: bool =
     """
     if force or canonical_name(check_name(name), Path(root)) != canonical_name(victim_dataset, Path(root)):
         split = unlabelled_split(name)
-        return *load_dataset(name, root, split), split
-    images, labels = load_dataset(name, root, "test")
+        return *load_dataset(name, root, split, size), split
+    images, labels = load_dataset(name, root, "test", size)
     kept = held_out(len(images))
     if kept == len(images):
         raise UserError(

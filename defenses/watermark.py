@@ -68,7 +68,7 @@ def check_width(mlp: WatermarkMLP, encoder: SimCLREncoder, name: str = "this enc
     if mlp.input.in_features != encoder.dim:
         raise UserError(
             f"{name} gives representations of {encoder.dim} numbers, the victim's watermark reads "
-            f"{mlp.input.in_features}: verify it by --method dataset-inference"
+            f"{mlp.input.in_features}: verify it with --align, or by --method dataset-inference"
         )
 
 

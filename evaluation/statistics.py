@@ -1,6 +1,6 @@
-"""The tests behind a claim of theft (one-sided, each with an effect size), and the ROC that judges such claims.
+"""The tests behind a claim of theft (one-sided, each with an effect size), and how well such claims can be told.
 
-Scores are tensors or sequences of numbers, a number for each image or for each encoder.
+Scores are tensors or sequences of numbers, a number for each image or for each encoder. Intervals are of 95 %.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 Scores = Tensor | Sequence[float]
+Interval = tuple[float, float]
+NORMAL_95 = 1.959963984540054  # the normal deviate with 2.5 % above it
 
 
 def welch(a: Scores, b: Scores) -> float:
@@ -24,9 +26,74 @@ def welch(a: Scores, b: Scores) -> float:
     return float(stats.ttest_ind(a, b, equal_var=False, alternative="greater").pvalue)
 
 
+def paired_t(a: Scores, b: Scores) -> float:
+    """The p-value of the paired t-test that the mean of a (N,) is greater than that of b (N,), of the same images.
+
+    Where the differences do not vary: 0 for a greater mean, else 1.
+    """
+    differences = _array(a) - _array(b)
+    if np.ptp(differences) == 0:
+        return 0.0 if differences[0] > 0 else 1.0
+    return float(stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
+
+
 def sign_test(wins: int, losses: int) -> float:
     """The p-value of the binomial test that wins are more frequent than losses; 1 without any."""
     return float(stats.binomtest(wins, wins + losses, 0.5, "greater").pvalue) if wins + losses else 1.0
+
+
+def mcnemar(right_a: Scores, right_b: Scores) -> tuple[float, float]:
+    """McNemar's exact two-sided p-value for two classifiers on the same images, and their accuracies' difference.
+
+    right_a, right_b: which images each classifies correctly, (N,) of booleans. The images that exactly one of them
+    classifies correctly are a binomial sample, by default of 1/2 (McNemar, 1947). The difference, a less b, is in
+    percentage points; `paired_interval` is its interval.
+    """
+    n, only_a, only_b = _discordant(right_a, right_b)
+    p = stats.binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+    return float(p), 100 * (only_a - only_b) / n
+
+
+def paired_interval(right_a: Scores, right_b: Scores) -> Interval:
+    """The interval of the difference of two accuracies on the same images (N,), a less b, in percentage points.
+
+    Wald's with half an image added to each of the four cells (Agresti & Min, Statistics in Medicine 24, 2005).
+    """
+    n, only_a, only_b = _discordant(right_a, right_b)
+    total, difference = n + 2, only_a - only_b
+    half = NORMAL_95 * (only_a + only_b + 1 - difference**2 / total) ** 0.5
+    return 100 * max(-1.0, (difference - half) / total), 100 * min(1.0, (difference + half) / total)
+
+
+def _discordant(right_a: Scores, right_b: Scores) -> tuple[int, int, int]:
+    """The number of images, and of those that only a, or only b, classifies correctly. ValueError for other shapes."""
+    a, b = (_array(right).astype(bool) for right in (right_a, right_b))
+    if a.shape != b.shape or not a.size:
+        raise ValueError(f"answers to {a.shape} and {b.shape} images are not paired")
+    return a.size, int((a & ~b).sum()), int((b & ~a).sum())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values of a family of tests (Scandinavian Journal of Statistics 6, 1979), in the order given.
+
+    Those below a level are the tests that pass, with at most that probability of any false one among them.
+    """
+    p = _array(p_values)
+    order = p.argsort(kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]), 1)
+    return adjusted.tolist()
+
+
+def rate_interval(hits: int, number: int) -> Interval:
+    """The interval of a rate in [0, 1] of which `hits` of `number` were seen (Clopper & Pearson, 1934); 0 to 1 of none.
+
+    0 of 3: 0 to 0.71.
+    """
+    if not number:
+        return 0.0, 1.0
+    low, high = stats.binomtest(hits, number).proportion_ci(0.95, method="exact")
+    return float(low), float(high)
 
 
 def further_draw(value: float, others: Scores) -> float:
@@ -65,6 +132,26 @@ def roc(guilty: Scores, innocent: Scores) -> tuple[list[tuple[float, float]], fl
     scores = np.concatenate([_array(guilty), _array(innocent)])
     false, found, _ = roc_curve(truth, scores, drop_intermediate=False)
     return list(zip(false.tolist(), found.tolist(), strict=True)), float(roc_auc_score(truth, scores))
+
+
+def auc_interval(guilty: Scores, innocent: Scores) -> Interval:
+    """The interval of `roc`'s area for scores (N,) of the guilty and (M,) of the innocent; N and M are above 1.
+
+    By the variance of DeLong et al. (Biometrics 44, 1988): of the share of the innocent that each of the
+    guilty exceeds, and of the guilty that exceed each of the innocent. Where neither varies, as at an area of 0 or 1,
+    it is 0, which says nothing. Then by Clopper and Pearson: min(N, M) pairs without a common encoder are as many
+    independent trials, each with the area as its probability.
+    """
+    guilty, innocent = _array(guilty), _array(innocent)
+    wins = (guilty[:, None] > innocent) + 0.5 * (guilty[:, None] == innocent)
+    area = wins.mean()
+    variance = wins.mean(axis=1).var(ddof=1) / len(guilty) + wins.mean(axis=0).var(ddof=1) / len(innocent)
+    if variance == 0:
+        pairs = min(len(guilty), len(innocent))
+        low, high = rate_interval(round(area * pairs), pairs)
+        return min(low, float(area)), max(high, float(area))
+    half = NORMAL_95 * variance**0.5
+    return float(max(0, area - half)), float(min(1, area + half))
 
 
 def _array(scores: Scores) -> np.ndarray:

@@ -3,39 +3,63 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.ownership import METHODS, Candidate, Figures, OwnershipTest
+from evaluation.candidates import Candidate, Figures, OwnershipTest
+from evaluation.ownership import METHODS, Counts
 from evaluation.rows import encoder_row
-from evaluation.statistics import roc
+from evaluation.statistics import auc_interval, holm, rate_interval, roc
 from training.run import CHECKPOINT, Run
 
 
 def judge_all(test: OwnershipTest, candidates: Sequence[Candidate]) -> None:
-    """Fill in figures and verdicts; an independent encoder is compared with the other independent encoders."""
+    """Fill in figures and verdicts; an independent encoder is compared with the other independent encoders.
+
+    A suspect's p_holm is the largest of its p-values, since it has to pass all tests, adjusted for the number of
+    suspects. All other encoders are judged as if each was the only suspect. Nothing is decided where the victim is not
+    found, or an untrained encoder is.
+    """
     method = METHODS[test.method]
     for candidate in candidates:
         others = [other.measured for other in candidates if other.kind == "independent" and other is not candidate]
         candidate.figures = method.judge(candidate.measured, others)
-    decides = passes(candidates[0].figures, test.level)
+    suspects = [candidate for candidate in candidates if candidate.kind == "suspect"]
+    for suspect, p in zip(suspects, holm([_largest_p(suspect.figures) for suspect in suspects]), strict=True):
+        suspect.figures["p_holm"] = p
+    controls = [candidate for candidate in candidates if candidate.kind in ("victim", "untrained")]
+    decides = all(passes(control.figures, test.level) == (control.kind == "victim") for control in controls)
     for candidate in candidates:
-        figures, is_victim = candidate.figures, candidate.kind == "victim"
-        candidate.found = passes(figures, test.level) if decides or is_victim else None
-        if is_victim:
-            finding = "found, so the method works" if decides else "not found, so the method cannot decide here"
-        else:
-            finding = ("stolen" if candidate.found else "no proof of theft") if decides else "undecided"
-        tests = ", ".join(f"{name[2:]} p = {value:.3g}" for name, value in p_values(figures).items())
-        facts = f"{method.claim.format(**figures)}; effect size {figures['effect']:.2f}; {tests}"
-        facts += caveat(figures) if decides and not is_victim else ""
-        candidate.verdict = f"{finding} at level {test.level:g} ({facts})"
+        figures, is_control = candidate.figures, candidate in controls
+        candidate.found = passes(figures, test.level) if decides or is_control else None
+        facts = f"{method.claim.format(**figures)}; effect size {figures['effect']:.2f}; {_in_words(figures)}"
+        facts += caveat(figures) if decides and not is_control else ""
+        candidate.verdict = f"{_finding(candidate, decides)} at level {test.level:g} ({facts})"
+
+
+def _finding(candidate: Candidate, decides: bool) -> str:
+    if candidate.kind == "victim":
+        works = "found, so the method works" if decides else "found"
+        return works if candidate.found else "not found, so the method cannot decide here"
+    if candidate.kind == "untrained":
+        return "found, so the method cannot decide here" if candidate.found else "not found, as it should be"
+    return "undecided" if candidate.found is None else "stolen" if candidate.found else "no proof of theft"
+
+
+def _in_words(figures: Figures) -> str:
+    words = [f"{name[2:]} p = {value:.3g}" for name, value in p_values(figures).items()]
+    return ", ".join([*words, *([f"p by Holm {figures['p_holm']:.3g}"] if "p_holm" in figures else [])])
 
 
 def p_values(figures: Figures) -> Figures:
-    return {name: value for name, value in figures.items() if name.startswith("p_")}
+    """The p-values of the single tests."""
+    return {name: value for name, value in figures.items() if name.startswith("p_") and name != "p_holm"}
+
+
+def _largest_p(figures: Figures) -> float:
+    return max(p_values(figures).values(), default=1.0)
 
 
 def passes(figures: Figures, level: float) -> bool:
-    """Whether every p-value is below the level."""
-    return all(value < level for value in p_values(figures).values())
+    """Whether every p-value is below the level, a suspect's after Holm's correction; not without any."""
+    return figures.get("p_holm", _largest_p(figures)) < level
 
 
 def caveat(figures: Figures) -> str:
@@ -49,10 +73,18 @@ def caveat(figures: Figures) -> str:
 # ---- showing ---------------------------------------------------------------------------------------------------------
 
 
+def count_words(counts: Counts) -> str:
+    """What was measured by, in words: `50 fitted images, full covariance`; switches that are off are left out."""
+    shown = {name.replace("_", " "): value for name, value in counts.items() if value is not False}
+    return ", ".join(name if value is True else f"{value} {name}" for name, value in shown.items())
+
+
 def verdict_table(candidates: Sequence[Candidate]) -> str:
-    """A Markdown row for each encoder."""
+    """A Markdown row for each encoder: without p-values over images, which find any difference however small."""
     found = {True: "yes", False: "no", None: "undecided"}
-    names = list(dict.fromkeys(name for candidate in candidates for name in candidate.figures))
+    names = dict.fromkeys(name for candidate in candidates for name in candidate.figures)
+    among_encoders = "p_encoders" in names
+    names = [name for name in names if name[:2] != "p_" or (among_encoders and name in ("p_encoders", "p_holm"))]
     lines = [f"| kind | {' | '.join(names)} | found | encoder |", "|---" * (len(names) + 3) + "|"]
     for candidate in candidates:
         figures = candidate.figures
@@ -62,7 +94,7 @@ def verdict_table(candidates: Sequence[Candidate]) -> str:
 
 
 def verdict_lines(candidates: Sequence[Candidate]) -> list[str]:
-    """The verdicts on the victim and the suspects, in words."""
+    """The verdicts on all encoders but the independent ones, in words."""
     return [f"{case.kind} {short_name(case.path)}: {case.verdict}" for case in candidates if case.kind != "independent"]
 
 
@@ -71,22 +103,33 @@ def short_name(path: Path) -> str:
 
 
 def detection_rates(test: OwnershipTest, candidates: Sequence[Candidate]) -> tuple[list[str], Figures]:
-    """How well the rule and the method's score tell suspects from independent encoders, in words and as figures."""
+    """How well the rule and the method's score tell suspects from independent encoders, in words and as figures.
+
+    With 95 % intervals. Where nothing is decided there is no rate.
+    """
     groups = {kind: [case for case in candidates if case.kind == kind] for kind in ("suspect", "independent")}
-    hits = {kind: [bool(case.found) for case in group] for kind, group in groups.items()}
-    lines = [
-        f"{kind} encoders found at level {test.level:g}: {sum(hits[kind])} of {len(group)}; "
-        f"{_each_test(group, test.level)}"
-        for kind, group in groups.items()
-        if group
-    ]
+    lines, figures = [], {}
+    for kind, group in groups.items():
+        if not group:
+            continue
+        rate = "undecided"
+        if group[0].found is not None:
+            hits = sum(case.found for case in group)
+            low, high = rate_interval(hits, len(group))
+            rate = f"{hits} of {len(group)} ({100 * low:.0f} to {100 * high:.0f} %)"
+            if kind == "independent":
+                shares = {"": hits / len(group), "_low": low, "_high": high}
+                figures = {f"false_accusations{end}": share for end, share in shares.items()}
+        lines.append(f"{kind} encoders found at level {test.level:g}: {rate}; {_each_test(group, test.level)}")
     if min(map(len, groups.values())) < 2:
-        return [*lines, "no ROC is drawn: it needs at least two suspects and two independent encoders"], {}
+        return [*lines, "no ROC is drawn: it needs at least two suspects and two independent encoders"], figures
     name = METHODS[test.method].score
-    points, area = roc(*([case.figures[name] for case in group] for group in groups.values()))
+    scores = [[case.figures[name] for case in group] for group in groups.values()]
+    points, area = roc(*scores)
+    low, high = auc_interval(*scores)
     steps = ", ".join(f"{100 * false:.0f}/{100 * hit:.0f}" for false, hit in points)
-    lines.append(f"ROC by {name}: AUC {area:.3f}; false accusations/detections in %: {steps}")
-    return lines, {"auc": area, "false_accusations": sum(hits["independent"]) / len(hits["independent"])}
+    lines.append(f"ROC by {name}: AUC {area:.3f} ({low:.3f} to {high:.3f}); false accusations/detections in %: {steps}")
+    return lines, {"auc": area, "auc_low": low, "auc_high": high, **figures}
 
 
 def _each_test(group: Sequence[Candidate], level: float) -> str:
@@ -100,6 +143,9 @@ def add_verdict_rows(run: Run, test: OwnershipTest, candidates: Sequence[Candida
     """Add a row for each suspect to the run's results; `more` is the same in all rows."""
     independents = sum(case.kind == "independent" for case in candidates)
     suspects = [case for case in candidates if case.kind == "suspect"]
+    for control in (case for case in candidates if case.kind == "untrained"):
+        more = {**{f"untrained_{name}": value for name, value in control.figures.items()}, **more}
+        more = {"untrained_found": control.found, **more}
     for step, case in enumerate(suspects):
         about = {"method": test.method, "level": test.level, **case.figures, "found": case.found}
         about |= {"verdict": case.verdict, "independents": independents}

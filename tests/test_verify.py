@@ -1,31 +1,25 @@
-"""Verifying a theft: the statistics by slow formulas, the verdicts on encoders that are copies and that are not."""
+"""Verifying a theft: the verdicts on encoders that are copies and that are not."""
 
 import json
-import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from scipy import stats
+from scipy import linalg, stats
 
 import run
 import steal
 import verify
 from data_aug.datasets import load_dataset, take_balanced
 from defenses.watermark import WatermarkMLP
-from evaluation.ownership import (
-    Candidate,
-    OwnershipTest,
-    dataset_of,
-    judge_inference,
-    judge_watermark,
-    training_images,
-    unseen_images,
-)
-from evaluation.statistics import cohens_d, distance_from, further_draw, roc, sign_test, welch
-from evaluation.verdict import passes
+from evaluation.alignment import Alignment
+from evaluation.candidates import Candidate, OwnershipTest, dataset_of, training_images, unseen_images
+from evaluation.ownership import begin_alike, judge_inference, judge_similarity, judge_watermark
+from evaluation.statistics import cohens_d, further_draw, holm, paired_t, rate_interval, welch
+from evaluation.verdict import judge_all, passes
 from files.writing import save_checkpoint
 from models import build_encoder, load_encoder, read_checkpoint
 from tests.conftest import call_main
@@ -47,10 +41,11 @@ def write_npz(path, seed):
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """A watermarked victim, two copies of it and three independent encoders: names -> checkpoints.
+    """A watermarked victim, copies of it and three independent encoders: names -> checkpoints.
 
-    The copies are the victim with its weights disturbed, which takes no time; `stolen` is one by steal.py, of 40
-    queries of the victim's own test images.
+    Two copies are the victim with its weights disturbed, which takes no time; `shuffled` is the victim with the
+    dimensions of its representations in another order; `stolen` is a copy by steal.py, of 40 queries of the victim's
+    own test images.
     """
     folder = tmp_path_factory.mktemp("verify")
     ours, theirs = write_npz(folder / "ours.npz", 0), write_npz(folder / "theirs.npz", 1)
@@ -76,6 +71,14 @@ def encoders(tmp_path_factory):
         }
         paths[f"copy{seed}"] = folder / f"copy{seed}.pth.tar"
         save_checkpoint({"state_dict": disturbed}, paths[f"copy{seed}"])
+    order, last = torch.randperm(256, generator=draws), ("conv2", "bn2", "shortcut")
+    shuffled = {
+        key: value[order] if "layer4.0." in key and key.split(".")[3] in last and value.ndim else value
+        for key, value in state.items()
+        if ".fc." not in key
+    }
+    paths["shuffled"] = folder / "shuffled.pth.tar"
+    save_checkpoint({"state_dict": shuffled}, paths["shuffled"])
     return folder, paths
 
 
@@ -101,57 +104,6 @@ def table_of(out):
         [cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"
     )
     return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-# ---- statistics ----
-
-
-A = [0.61, 0.7, 0.43, 0.92, 0.55, 0.81]
-B = [0.52, 0.31, 0.66, 0.4]
-
-
-def test_welch_is_the_formula():
-    """t over the two means' standard errors, with Welch's degrees of freedom."""
-    parts = [np.var(x, ddof=1) / len(x) for x in (A, B)]
-    t = (np.mean(A) - np.mean(B)) / math.sqrt(sum(parts))
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (A, B), strict=True))
-    assert welch(A, torch.tensor(B, dtype=torch.float64)) == pytest.approx(stats.t.sf(t, freedom))
-    assert welch(A, B) < 0.1 < 0.9 < welch(B, A)
-    assert (welch([1, 1], [1, 1]), welch([1, 1], [2, 2]), welch([2, 2], [1, 1])) == (1, 1, 0)
-
-
-@pytest.mark.parametrize(("wins", "losses"), [(7, 3), (3, 7), (5, 0)])
-def test_sign_test_counts_the_ways(wins, losses):
-    n = wins + losses
-    assert sign_test(wins, losses) == pytest.approx(sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n)
-
-
-def test_a_further_draw_passes_as_often_as_the_level_says():
-    """Against 20,000 samples of four and one more from the same distribution."""
-    draws = np.random.default_rng(0).normal(3, 2, (20_000, 5))
-    p_values = np.array([further_draw(row[0], row[1:]) for row in draws])
-    for level in (0.05, 0.5):
-        assert (p_values < level).mean() == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / 20_000))
-    assert further_draw(2, [1, 1]) == 0
-    assert further_draw(1, [1, 1]) == sign_test(0, 0) == 1
-
-
-def test_effect_sizes_are_the_formulas():
-    squares = sum(((np.array(x) - np.mean(x)) ** 2).sum() for x in (A, B))
-    assert cohens_d(A, B) == pytest.approx((np.mean(A) - np.mean(B)) / math.sqrt(squares / (len(A) + len(B) - 2)))
-    assert cohens_d(A, B) == -cohens_d(B, A)
-    assert distance_from(A, 0.5) == pytest.approx((np.mean(A) - 0.5) / np.std(A, ddof=1))
-    assert cohens_d([1, 1], [1, 1]) == 0
-    assert cohens_d([2, 2], [1, 1]) == math.inf
-
-
-def test_roc_counts_pairs_and_shares():
-    guilty, innocent = [0.9, 0.6, 0.55], [0.6, 0.5]
-    points, area = roc(guilty, innocent)
-    pairs = [(g > i) + 0.5 * (g == i) for g in guilty for i in innocent]
-    assert area == pytest.approx(sum(pairs) / 6)
-    expected = [(0, 0), (0, 1 / 3), (1 / 2, 2 / 3), (1 / 2, 1), (1, 1)]
-    assert np.allclose(points, expected)
 
 
 # ---- judging ----
@@ -182,7 +134,7 @@ def test_tests_against_independent_encoders_are_of_images_and_of_encoders():
     own, others = read(0.55), [read(mean) for mean in (0.46, 0.53, 0.57)]
     figures = judge_watermark(own, others)
     scores = [score for _, score in others]
-    assert figures["p_t"] == pytest.approx(welch(own[1], torch.stack(scores).mean(dim=0)))
+    assert figures["p_t"] == pytest.approx(paired_t(own[1], torch.stack(scores).mean(dim=0)))
     assert figures["effect"] == pytest.approx(cohens_d(own[1], torch.cat(scores)))
     shares = [100 * (score > 0.5).double().mean().item() for score in scores]
     assert figures["p_encoders"] == pytest.approx(further_draw(figures["accuracy"], shares), rel=1e-4)
@@ -201,6 +153,104 @@ def test_dataset_inference_is_judged_by_its_effect_among_encoders():
     assert figures["difference"] == pytest.approx((known[0].mean() - known[1].mean()).item())
     assert figures["p_t"] == pytest.approx(welch(*known))
     assert figures["p_encoders"] == pytest.approx(further_draw(cohens_d(*known), [cohens_d(*one) for one in others]))
+
+
+def test_similarity_is_judged_by_its_magnitudes_among_encoders():
+    draws = torch.Generator().manual_seed(0)
+    own, *others = ((mean + 0.1 * torch.rand(300, generator=draws), torch.tensor([mean])) for mean in (0.5, 0.2, 0.1))
+    figures = judge_similarity(own, others)
+    cosines = [cosines for cosines, _ in others]
+    assert figures["centred_cosine"] == pytest.approx(own[0].mean().item())
+    assert figures["mutual_information"] == 0.5
+    assert figures["effect"] == pytest.approx(cohens_d(own[0], torch.cat(cosines)))
+    assert figures["p_t"] == pytest.approx(paired_t(own[0], sum(cosines) / 2))
+    assert figures["p_encoders"] == pytest.approx(further_draw(own[0].mean(), [one.mean() for one in cosines]))
+    assert "mutual_information" not in judge_similarity((own[0], torch.tensor([])), others)
+
+
+def case(kind, gain, draws):
+    """An encoder under which the victim's training images are likelier by `gain` standard deviations."""
+    measured = gain + torch.randn(200, generator=draws), torch.randn(200, generator=draws)
+    return Candidate(kind, Path(f"{kind}.pth.tar"), {}, None, measured)
+
+
+def judged(*gains):
+    """Candidates judged by dataset inference without independents: kinds and gains in turn."""
+    draws = torch.Generator().manual_seed(0)
+    candidates = [case(kind, gain, draws) for kind, gain in zip(gains[::2], gains[1::2], strict=True)]
+    judge_all(OwnershipTest(method="dataset-inference"), candidates)
+    return candidates
+
+
+def test_suspects_share_the_level():
+    """By Holm: of eight suspects a middling one is not found that is found alone."""
+    alone = judged("victim", 1, "suspect", 0.2)[1]
+    assert alone.figures["p_holm"] == alone.figures["p_t"] < 0.05
+    assert alone.found
+    _, first, *rest = judged("victim", 1, "suspect", 0.2, *("suspect", 0) * 6, "suspect", 1)
+    assert first.figures["p_t"] == alone.figures["p_t"] < 0.05 < first.figures["p_holm"]
+    assert [one.found for one in (first, *rest)] == [False] * 7 + [True]
+    p = [one.figures["p_t"] for one in (first, *rest)]
+    assert [one.figures["p_holm"] for one in (first, *rest)] == holm(p)
+    assert f"p by Holm {first.figures['p_holm']:.3g}" in first.verdict
+
+
+def test_a_method_that_finds_an_untrained_encoder_decides_nothing():
+    """As where the images differ by themselves."""
+    victim, suspect, control = judged("victim", 1, "suspect", 1, "untrained", 0)
+    assert (victim.found, suspect.found, control.found) == (True, True, False)
+    assert control.verdict.startswith("not found, as it should be at level 0.05 (")
+    victim, suspect, control = judged("victim", 1, "suspect", 1, "untrained", 1)
+    assert (victim.found, suspect.found, control.found) == (True, None, True)
+    assert [one.verdict.split(" at ")[0] for one in (victim, suspect, control)] == [
+        "found",
+        "undecided",
+        "found, so the method cannot decide here",
+    ]
+
+
+def test_a_victim_that_is_not_found_leaves_all_undecided():
+    victim, suspect, control = judged("victim", 0, "suspect", 1, "untrained", 0)
+    assert (victim.found, suspect.found, control.found) == (False, None, False)
+    assert suspect.verdict.startswith("undecided at level 0.05 (")
+
+
+def test_without_any_test_nothing_is_found():
+    assert not passes({"accuracy": 99.0}, 0.05)
+
+
+# ---- alignment ----
+
+
+def turned(draws, width, scale=3.0):
+    """Representations (200, 16) of a victim, and those of a thief who turned, scaled and shifted them."""
+    victim = torch.randn(200, 16, generator=draws) * torch.arange(1, 17)
+    turn = torch.linalg.qr(torch.randn(max(width, 16), max(width, 16), generator=draws))[0][:16, :width]
+    return victim, scale * victim @ turn + torch.randn(width, generator=draws)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_an_alignment_undoes_a_turn(width):
+    victim, thief = turned(torch.Generator().manual_seed(0), width)
+    align = Alignment(thief[:100], victim[:100])
+    torch.testing.assert_close(align(thief[100:]), victim[100:], rtol=1e-3, atol=1e-2)
+
+
+def test_the_turn_is_scipys_and_its_scale_that_of_root_mean_squares():
+    draws = torch.Generator().manual_seed(0)
+    victim, other = torch.randn(2, 200, 16, generator=draws)
+    centred = [rows.double() - rows.double().mean(dim=0) for rows in (other, victim)]
+    expected = linalg.orthogonal_procrustes(*(rows.numpy() for rows in centred))[0]
+    found = Alignment(other, victim).turn.double()
+    scale = centred[1].square().mean().sqrt() / centred[0].square().mean().sqrt()
+    assert (found / scale).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_narrower_encoders_turn_keeps_lengths():
+    victim, other = torch.randn(200, 16), torch.randn(200, 10)
+    turn = Alignment(other, victim).turn
+    products = turn @ turn.T
+    torch.testing.assert_close(products, products[0, 0] * torch.eye(10), atol=1e-5, rtol=1e-4)
 
 
 # ---- which images ----
@@ -235,33 +285,86 @@ def test_the_victims_training_images_are_those_that_run_took(encoders):
 # ---- verdicts ----
 
 
+def last_rows(folder, number):
+    lines = (folder / "checkpoints" / "results.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[-number:]]
+
+
 def test_copies_are_found_and_independent_encoders_are_not(verified, encoders):
     folder, paths = encoders
     out = verified("watermark", ["copy1", "copy2", "victim"], [1, 2, 3], *FEW)
     rows = table_of(out)
-    assert [row["kind"] for row in rows] == ["victim", *["suspect"] * 3, *["independent"] * 3]
-    assert [row["found"] for row in rows] == ["yes"] * 4 + ["no"] * 3
+    assert [row["kind"] for row in rows] == ["victim", *["suspect"] * 3, *["independent"] * 3, "untrained"]
+    assert [row["found"] for row in rows] == ["yes"] * 4 + ["no"] * 4
     assert min(float(row["accuracy"]) for row in rows[:4]) > 70
-    assert rows[3] == {**rows[0], "kind": "suspect"}  # the victim as its own suspect
+    assert rows[3] == {**rows[0], "kind": "suspect", "p_holm": rows[3]["p_holm"]}  # the victim as its own suspect
+    assert rows[0].keys() == {"kind", "accuracy", "effect", "p_encoders", "p_holm", "found", "encoder"}
+    assert [row["p_holm"] != "" for row in rows] == [False, *[True] * 3, *[False] * 4]
     assert out.count(": stolen at level 0.05 (") == 3
-    assert "independent encoders found at level 0.05: 0 of 3" in out
-    assert "suspect encoders found at level 0.05: 3 of 3; each test alone: binomial 3, t 3, encoders 3" in out
-    assert "AUC 1.000; false accusations/detections in %: 0/0, 0/" in out
-    written = [json.loads(line) for line in (folder / "checkpoints" / "results.jsonl").read_text().splitlines()][-3:]
+    assert "binomial p = " in out.split("suspect copy1.pth.tar: ")[1]
+    assert "untrained resnet10w32: not found, as it should be" in out
+    assert "independent encoders found at level 0.05: 0 of 3 (0 to 71 %)" in out
+    found = "suspect encoders found at level 0.05: 3 of 3 (29 to 100 %); each test alone: binomial 3, t 3, encoders 3"
+    assert found in out
+    assert "AUC 1.000 (0.292 to 1.000); false accusations/detections in %: 0/0, 0/" in out
+    written = last_rows(folder, 3)
     assert [row["checkpoint"] for row in written] == [str(paths[name]) for name in ("copy1", "copy2", "victim")]
     for row in written:
         assert row["found"] is True
         assert (row["auc"], row["false_accusations"], row["test_images"], row["independents"]) == (1, 0, 80, 3)
+        assert (row["auc_low"], row["auc_high"]) == pytest.approx(rate_interval(3, 3))
+        assert row["false_accusations_high"] == pytest.approx(rate_interval(0, 3)[1])
+        assert (row["untrained_found"], row["untrained_accuracy"] < 60) == (False, True)
         assert {"command", "commit", "torch", "device", "seed", "seconds", "dataset", "p_t", "effect"} <= row.keys()
+    assert [row["p_holm"] for row in written] == pytest.approx(
+        holm([max(row[name] for name in ("p_binomial", "p_t", "p_encoders")) for row in written])
+    )
     config = yaml.safe_load(next(paths["victim"].parent.glob("verify-watermark-*/config.yml")).read_text())
     assert config["settings"]["suspect"] == [row["checkpoint"] for row in written]
 
 
 def test_independents_are_judged_beside_the_others(verified):
-    """With two of them each has one other, and so no test over encoders."""
+    """With two of them each has one other, and so no test over encoders; the untrained encoder is none of them."""
     rows = table_of(verified("watermark", ["copy1"], [1, 2], *FEW))
-    assert [row["p_encoders"] != "" for row in rows] == [True, True, False, False]
-    assert all(row["p_t"] for row in rows)
+    assert [row["p_encoders"] != "" for row in rows] == [True, True, False, False, True]
+
+
+def test_shuffled_dimensions_hide_a_watermark_until_they_are_aligned(verified, encoders):
+    """The cost is in the false accusations: independent encoders are aligned too."""
+    plain = table_of(verified("watermark", ["shuffled"], (), "--num-test", "40"))
+    out = verified("watermark", ["shuffled"], [1, 2], *FEW, "--align")
+    aligned = table_of(out)
+    assert float(plain[1]["accuracy"]) < 60 < 70 < float(aligned[1]["accuracy"])
+    assert plain[1]["found"] == "no"
+    assert "40 test images, 40 aligned by images" in out
+    assert "note: 40 images do not determine a turn of 256 dimensions: --align needs 512 or more" in out
+    assert re.search("independent encoders found at level 0.05: .*; each test alone: binomial [0-2], t [0-2]", out)
+    (row,) = last_rows(encoders[0], 1)
+    assert (row["aligned_by_images"], row["test_images"], row["independents"]) == (40, 40, 2)
+
+
+def test_an_encoder_of_the_victims_seed_and_architecture_began_alike(encoders):
+    _, paths = encoders
+    victim, other, silent = (candidate(paths, name) for name in ("victim", "independent1", "copy1"))
+    assert not begin_alike(other, victim)
+    assert not begin_alike(silent, victim)
+    other.checkpoint["settings"] = {**other.settings, "seed": 0}
+    assert begin_alike(other, victim)
+
+
+def test_similarity_finds_copies_and_by_alignment_shuffled_ones(verified, encoders):
+    out = verified("similarity", ["copy1", "shuffled"], [1, 2, 3], "--num-train", "60")
+    rows = {row["encoder"]: row for row in table_of(out)}
+    assert [rows[name]["found"] for name in ("copy1.pth.tar", "shuffled.pth.tar")] == ["yes", "no"]
+    shuffled = rows["shuffled.pth.tar"]
+    assert float(shuffled["mutual_information"]) == pytest.approx(1, abs=0.01)
+    assert float(shuffled["centred_cosine"]) < 0.5
+    assert float(rows["resnet10w32"]["mutual_information"]) == 0
+    (row,) = last_rows(encoders[0], 1)
+    assert (row["training_images"], row["untrained_mutual_information"]) == (60, 0)
+    verified("similarity", ["shuffled"], [1, 2], "--num-train", "60", "--align")
+    (row,) = last_rows(encoders[0], 1)
+    assert row["centred_cosine"] > float(shuffled["centred_cosine"]) + 0.2
 
 
 @pytest.mark.parametrize(
@@ -280,21 +383,29 @@ def test_a_method_that_does_not_find_the_victim_decides_nothing(verified, encode
     few = (*FEW, "--components", "3", "--num-train", "100", "--level", "0.0001")
     out = verified("dataset-inference", ["copy1", "copy2"], [1, 2, 3], *few)
     rows = table_of(out)
-    assert [row["found"] for row in rows] == ["no", *["undecided"] * 5]
-    assert "50 fitted images, 50 held out images, 80 test images" in out
+    assert [row["found"] for row in rows] == ["no", *["undecided"] * 5, "no"]
+    assert "50 fitted images, 50 held out images, 80 test images, full covariance, 3 components" in out
+    assert "note: 50 fitted images do not determine 3 full covariances of 256 dimensions, which need 771" in out
+    assert "independent encoders found at level 0.0001: undecided; each test alone: t 0, encoders 0" in out
     assert "not found, so the method cannot decide here" in out
     assert "undecided at level 0.0001 (" in out
     assert "ROC by effect: AUC" in out
-    folder, _ = encoders
-    row = json.loads((folder / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
-    assert row["found"] is None
+    (row,) = last_rows(encoders[0], 1)
+    assert (row["found"], row["untrained_found"]) == (None, False)
     assert (row["fitted_images"], row["held_out_images"], row["test_images"]) == (50, 50, 80)
+    mixture = (row["covariance"], row["components"], row["standardise"], row["crops"])
+    assert mixture == ("full", 3, False, False)
+    assert "false_accusations" not in row
 
 
-def test_the_level_decides(verified):
-    out = verified("dataset-inference", ["copy1"], (), *FEW, "--components", "3", "--level", "0.999999")
-    assert [row["found"] for row in table_of(out)] == ["yes", "yes"]
-    assert "stolen at level 0.999999" in out
+def test_the_mixture_and_crops_are_the_command_lines(verified, encoders):
+    given = ("--covariance", "diag", "--standardise", "--components", "3", "--crops")
+    out = verified("dataset-inference", ["copy1"], (), *FEW, *given)
+    assert "diag covariance, 3 components, standardise, crops" in out
+    assert "do not determine" not in out
+    (row,) = last_rows(encoders[0], 1)
+    mixture = (row["covariance"], row["components"], row["standardise"], row["crops"])
+    assert mixture == ("diag", 3, True, True)
 
 
 def test_the_same_command_gives_the_same_and_resume_only_shows_it(verified, encoders):
@@ -351,6 +462,9 @@ def refuses(refused, encoders):
         (("--num-test", "1"), "too few for a test"),
         (("--components", "5"), "--components has no effect with --method watermark"),
         (("--num-train", "50"), "--num-train has no effect with --method watermark"),
+        (("--crops",), "--crops has no effect with --method watermark"),
+        (("--num-test", "3", "--align"), "3 images are too few to align and to judge: give 4 or more"),
+        ({"method": "similarity"}, "give --independent two or more"),
         (("--dataset", "cifar10"), "not cifar10: give --dataset npz:"),
         (("--independent", "stolen"), "is the victim or a copy of it"),
         (("--independent", "victim"), "is the victim or a copy of it"),
@@ -359,6 +473,19 @@ def refuses(refused, encoders):
 def test_bad_input_gets_one_line(arguments, message, refuses):
     line = refuses(**arguments) if isinstance(arguments, dict) else refuses(*arguments)
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "message"),
+    [
+        (("--align",), "dataset-inference", "--align has no effect with --method dataset-inference"),
+        (("--num-test", "50"), "similarity", "--num-test has no effect with --method similarity"),
+        (("--covariance", "full"), "similarity", "--covariance has no effect with --method similarity"),
+        (("--covariance", "tied"), "dataset-inference", "invalid choice: 'tied'"),
+    ],
+)
+def test_a_flag_of_another_method_is_refused(arguments, method, message, refuses):
+    assert message in refuses(*arguments, method=method)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +498,7 @@ def test_bad_input_gets_one_line(arguments, message, refuses):
 def test_a_number_that_a_refusal_names_is_taken(flag, number, message, refuses, verified):
     assert message in refuses(flag, number, method="dataset-inference", suspect="stolen")
     given = re.search(r"give (\d+) or less", message)[1]
-    assert "suspect" in verified("dataset-inference", ["stolen"], (), flag, given, *FEW)
+    assert "suspect" in verified("dataset-inference", ["stolen"], (), flag, given, *FEW, "--covariance", "diag")
 
 
 def test_a_copys_queries_are_not_tested_on(refuses):

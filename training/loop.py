@@ -64,44 +64,53 @@ class Loop:
         self._call = None
         self._clock: tuple[float, int] | None = None  # when this process began to train, and at which step
 
-    def fit(self, count: int, prepare: Callable[[int], tuple[Loader, BatchLoss]]) -> None:
+    def fit(
+        self,
+        count: int,
+        prepare: Callable[[int], tuple[Loader, BatchLoss]],
+        shuffle: bool = True,
+        drop_last: bool = False,
+        period: int | None = None,
+    ) -> None:
         """Train on `count` images for the epochs that are left.
 
         `prepare(epoch)` returns what turns the epoch's batches of indices into batches of images, and the loss of such
-        a batch.
+        a batch. shuffle, drop_last: see `index_of_epoch`. period: what `learning_rate` takes as an epoch's steps.
         """
         self._call = parallel(*(module for module in (self.model, self.companion) if module))
         try:
             with deferred():
                 for epoch in range(self.first_epoch, self.recipe.epochs):
-                    self._epoch(epoch, count, *prepare(epoch))
+                    index = index_of_epoch(self.recipe, epoch, count, shuffle, drop_last)
+                    self._epoch(epoch, index, period or len(index), *prepare(epoch))
+                if self.recipe.epochs == 0:
+                    self._save(0)
             barrier()  # what comes next may read what rank 0 wrote
         finally:
             self.run.finish()
 
-    def _epoch(self, epoch: int, count: int, load: Loader, batch_loss: BatchLoss) -> None:
-        """Train for an epoch, or what is left of it, and save."""
-        recipe = self.recipe
-        steps = count // recipe.batch_size
+    def _epoch(self, epoch: int, index: Sequence[Tensor], period: int, load: Loader, batch_loss: BatchLoss) -> None:
+        """Train for an epoch of these batches, or what is left of it, and save."""
+        recipe, steps = self.recipe, len(index)
         begun = self._begun(epoch)
-        lr = learning_rate(recipe, epoch, steps)
+        lr = learning_rate(recipe, epoch, period)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group.get("rate", lr) * group.get("decay", 1.0) ** epoch
         self._mode(training=True)
-        order = torch.randperm(count, generator=generator(recipe.seed, "order", epoch)).to(self.device)
-        batches = order[: steps * recipe.batch_size].split(recipe.batch_size)[begun["step"] :]
+        sizes = [len(part) for part in index]
+        batches = torch.cat([*index]).to(self.device).split(sizes)[begun["step"] :]
         started = time.perf_counter()
         self._clock = self._clock or (started, epoch * steps + begun["step"])
-        progress = Watch(self.run, recipe, epoch, steps, lr, self.target_spread, begun["seen"], self._clock)
+        progress = Watch(self.run, recipe, epoch, sizes, lr, self.target_spread, begun["seen"], self._clock)
         with progress as watch, contextlib.closing(_closable(load(batches))) as items:
             for step, batch in enumerate(items, begun["step"]):
                 self._stop_if_told(epoch, step, watch)
                 loss, features = batch_loss(batch)
                 watch.add(loss.detach(), features.detach())
-                self._step(loss)
+                self._step(loss, watch)
             mean, spread = watch.close()
         seconds = time.perf_counter() - started
-        speed = len(batches) * recipe.batch_size / seconds
+        speed = sum(sizes[begun["step"] :]) / seconds
         values = {"loss": mean, "spread": spread, "lr": lr, "images_per_second": speed}
         # Before the checkpoint: a run that resumes from an earlier one drops the line, and makes it again.
         self.run.log((epoch + 1) * steps, {"epoch": epoch, **values, "seconds": seconds})
@@ -111,10 +120,12 @@ class Loop:
             f"{speed:.0f} images/s"
         )
 
-    def _step(self, loss: Tensor) -> None:
+    def _step(self, loss: Tensor, watch: Watch | None = None) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over the processes, and their sum is that of the whole batch.
         self.scaler.scale(loss * processes()).backward()
+        if watch:
+            watch.add_gradients(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -131,7 +142,7 @@ class Loop:
 
     def start(self) -> bool:
         """Open the run's folder; False when a resumed run is finished already."""
-        if self.first_epoch >= self.recipe.epochs:
+        if self.first_epoch >= self.recipe.epochs > 0:
             print(f"{relative(self.run.folder)} has all {self.recipe.epochs} epochs already")
             self._forget_answers()
             return False
@@ -171,6 +182,8 @@ class Loop:
     def _optimizer(self) -> torch.optim.Optimizer:
         recipe = self.recipe
         parameters = [*self.model.parameters(), *(self.companion.parameters() if self.companion else ())]
+        if hasattr(self.companion, "groups"):  # parts with learning rates of their own
+            parameters = self.companion.groups(self.model)
         options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "adam":
             return torch.optim.Adam(parameters, **options, fused=True)
@@ -231,6 +244,21 @@ class Loop:
         self.first_epoch = checkpoint["epoch"]
         self.run.record.load_state_dict(checkpoint)
         self.resumed = checkpoint
+
+
+def index_of_epoch(
+    recipe: Recipe, epoch: int, count: int, shuffle: bool = True, drop_last: bool = False
+) -> Sequence[Tensor]:
+    """The batches of an epoch on `count` images, indices (B,) each, in an order by the seed or, unshuffled, their own.
+
+    The images that are left over by the whole batches make a last, smaller batch, unless it is to be dropped or is of a
+    single image, which neither batch norm nor a contrastive loss can use. Several processes share each batch equally:
+    of the smaller batch they leave out the images beyond a multiple of their number.
+    """
+    order = torch.randperm(count, generator=generator(recipe.seed, "order", epoch)) if shuffle else torch.arange(count)
+    rest = count % recipe.batch_size
+    used = 0 if drop_last or rest == 1 else rest - rest % processes()
+    return order[: count - rest + used].split(recipe.batch_size)
 
 
 def _closable(items: Iterable[Batch]) -> Iterator[Batch]:

@@ -25,10 +25,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, source: str) ->
     if not isinstance(state, Mapping):
         raise UserError(f"{source} has no state of its optimizer: train again without --resume")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    kept = KEPT[type(optimizer)] if any(group.get("momentum", 1) for group in optimizer.param_groups) else set()
-    if state and kept and set(state) != set(range(len(parameters))):
+    momentum = [group.get("momentum", 1) for group in optimizer.param_groups for _ in group["params"]]
+    kept = KEPT[type(optimizer)] if any(momentum) else set()
+    keeping = {number for number, value in enumerate(momentum) if value}
+    if state and kept and set(state) != keeping:
         raise UserError(
-            f"{source} has the optimizer's state of {len(state)} parameters, not of {len(parameters)}: "
+            f"{source} has the optimizer's state of {len(state)} parameters, not of {len(keeping)}: "
             "train again without --resume"
         )
     for number, entries in state.items():
