@@ -3,7 +3,8 @@
 python legitimate.py -data ./datasets --dataset cifar10 --arch resnet34 --defence noise --sigma 0.5
 
 The user buys the representations of labelled images, trains a head on them, and buys the representations of test
-images: training and use happen in the same account, under the same defence.
+images: training and use happen in the same account, under the same defence. A user who asks as much as an attacker has
+--num_queries and --num-test that add up to the attacker's budget; --user-classes makes the task narrow.
 """
 
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import jobs.early  # noqa: F401
 
 from attacks import victims
+from attacks.defended import defend
 from data_aug.datasets import DATASET_NAMES, Data, check_name
 from defenses import DEFENCES, Defence, DefenceChoice, use_defences
 from evaluation.rows import rounded
@@ -40,6 +42,9 @@ class User(Settings):
         9000, "labelled images that the user trains on", at_least=1, flags=("--num_queries",), title="data"
     )
     num_test: int | None = setting(None, "use the last N test images only", at_least=1, otherwise="all", title="data")
+    user_classes: int | None = setting(
+        None, "the user's task has N of the data set's classes, drawn by the seed", at_least=2, title="data"
+    )
 
 
 OWNERS = (Data, User, victims.VictimChoice, DefenceChoice, *DEFENCES.values(), LossChoice, UserHead, Machine, Threads)
@@ -75,11 +80,12 @@ def main() -> None:
     if run.done():
         return
     name, defences = command.dataset_test, command.all(Defence)
-    train, test, common = load_user(name, command.dataset, command.data, command.num_queries, command.num_test)
+    task = {"number": command.num_test, "classes": command.user_classes, "seed": machine.seed}
+    train, test, common = load_user(name, command.dataset, command.data, command.num_queries, **task)
 
     # The defended answers first: what cannot work is refused before anything is written.
     api = Api(encoder.to(precision.device))
-    victim = Victim(api, defences=defences, precision=precision)
+    victim = defend(command, path, api, precision, None, len(train[1]) + len(test[1]))
     bought = (train, test, command[UserHead], precision, machine.seed)
     scores, report = user_scores(victim, *bought)
     clean = user_scores(Victim(api, precision=precision), *bought)[0] if defences else scores
@@ -88,13 +94,14 @@ def main() -> None:
         **{"model": "user", "arch": encoder.arch, "downstream": name, "defence": command.defence},
         **{**rounded(scores), **rounded(clean, "clean_"), **report},
         **{"train_images": len(train[1]), "test_images": len(test[1]), "test_images_queried": common},
-        **{"queries": victim.ledger.queries, "distinct": victim.ledger.distinct, "seed": machine.seed},
+        **victim.ledger.summary(),
+        **{"user_classes": command.user_classes, "seed": machine.seed},
         **{"seconds": round(time.perf_counter() - started, 1), "checkpoint": str(path), **run.config["provenance"]},
     }
     run.say(f"without a defence: top1 {clean['top1']:.2f}, top1_converged {clean['top1_converged']:.2f}")
     if defences:
         run.say(f"with {command.defence}: top1 {scores['top1']:.2f}, top1_converged {scores['top1_converged']:.2f}")
-        run.say(lost_words(scores, clean))
+        run.say(lost_words(scores, clean, len(test[1])))
     run.add_row(row, step=command.epochs)
     run.finish()
     defended = ("--defence", command.defence) if defences else ()

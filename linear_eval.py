@@ -15,6 +15,7 @@ from evaluation.downstream import Downstream, Others, instead_of_probe, judge_en
 from evaluation.encoders import COPIES, LOSSES, SOUGHT, SOUGHT_NAMES, EncoderChoice, open_judged, settle_search
 from evaluation.probes import Probe
 from evaluation.rows import encoder_row
+from evaluation.test_images import set_digest
 from files.writing import save_checkpoint
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
@@ -43,7 +44,8 @@ def make_parser() -> Parser:
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
     command.use_all(Data, Machine, Threads, Protocol, EncoderChoice, Downstream)
-    command.use(Probe, {"lr": 1e-4 if command.modeltype == "stolen" else 3e-4})
+    released = {"lr": 1e-4 if command.modeltype == "stolen" else 3e-4} if command.recipe == "released" else {}
+    command.use(Probe, released, {"lr": 3e-4} if command.finetune else {})
     settle_search(command)
     command.refuse_idle(probe=instead_of_probe(command))
     return command
@@ -76,8 +78,8 @@ def main() -> None:
     }
     more = {
         **{"train_images": len(train[1]), "test_images": len(test[1]), "test_images_queried": queried},
-        **{"seed": machine.seed, "seconds": round(time.perf_counter() - started, 1)},
-        **run.config["provenance"],
+        **{"test_digest": set_digest(test[0]), "seed": machine.seed},
+        **{"seconds": round(time.perf_counter() - started, 1), **run.config["provenance"]},
     }
     row = encoder_row(command.modeltype, encoder, path, checkpoint, scores, about, more)
     # The checkpoint first: with its row there, the run counts as done.

@@ -44,7 +44,7 @@ def make_parser() -> Parser:
         ),
         choices={"losstype": STEAL_LOSSES},
         reads={"datasetsteal": picture_name},
-        without=("query_order", "force"),
+        without=("query_order", "query_space", "force"),
     )
 
 

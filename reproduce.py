@@ -14,7 +14,8 @@ from pathlib import Path
 import jobs.early  # noqa: F401
 
 from experiments.experiment import Experiment
-from experiments.runner import Runner, picture, results_table, run_all
+from experiments.runner import Runner, run_all
+from experiments.table import picture, results_table
 from files.writing import atomic_path
 from jobs.ending import script
 from settings import Command, Parser, Settings, setting

@@ -79,6 +79,11 @@ class Images(ABC):
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
 
+    @property
+    def view_side(self) -> int:
+        """The side of random views of the images, in pixels."""
+        return self.size[1]
+
     @abstractmethod
     def __getitem__(self, index: slice | Tensor) -> Self:
         """Some of the images, in the order of the index."""
@@ -113,9 +118,13 @@ class Images(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Stored(Images):
-    """Images in memory, uint8 (N, 3, H, W), on the device that the tensor is on. ValueError for other tensors."""
+    """Images in memory, uint8 (N, 3, H, W), on the device that the tensor is on. ValueError for other tensors.
+
+    side: of their random views, by default the images' width.
+    """
 
     tensor: Tensor
+    side: int | None = None
 
     def __post_init__(self) -> None:
         check_images(self.tensor)
@@ -129,10 +138,14 @@ class Stored(Images):
 
     def __getitem__(self, index: slice | Tensor) -> "Stored":
         """As `Images`; a slice shares memory."""
-        return Stored(self.tensor[index])
+        return Stored(self.tensor[index], self.side)
+
+    @property
+    def view_side(self) -> int:
+        return self.side or self.size[1]
 
     def to(self, device: torch.device | str) -> "Stored":
-        return Stored(self.tensor.to(device))
+        return Stored(self.tensor.to(device), self.side)
 
     def _read(self, parts: Sequence[Tensor], device: torch.device, epoch: int) -> Iterator[Tensor]:
         return (self.tensor[rows].to(device) for rows in _moved(parts, self.tensor.device))

@@ -5,6 +5,8 @@ probes      classifiers of representations           ownership  is this encoder 
 fidelity    how close a copy is to its victim        streams    attackers' and users' streams of queries
 released    the protocol of the 2022 code            encoders   which encoder is judged, and compared with which
 test_images which test images may be used            statistics tests behind a claim, and the ROC
+watching    a detector's scores of the streams
+candidates  which encoders verify.py tests           alignment  turning a copy's dimensions into the victim's
 
 The names exported here take tensors and encoders only; scripts import the other modules by name.
 """

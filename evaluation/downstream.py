@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from data_aug.datasets import DATASET_NAMES, canonical_name, check_name, load_labelled, take_balanced
 from data_aug.images import Stored
 from evaluation.encoders import independent_of, victim_of
-from evaluation.fidelity import compare
+from evaluation.fidelity import compare, untrained_like
 from evaluation.probes import Labelled, Probe, classes_of, represent_both, scores_by, top1_top5
-from evaluation.released import released_probe
+from evaluation.released import TEST_BATCH, released_probe
 from evaluation.test_images import load_test
 from loss import TRAIN_LOSSES
 from models import SimCLREncoder
@@ -62,7 +62,11 @@ class Downstream(Settings):
         title="data",
     )
     num_labeled: int = setting(
-        50000, "number of labelled images, class-balanced", at_least=2, flags=("-n", "--num-labeled"), title="data"
+        50000,
+        "number of labelled images, class-balanced (released: the first)",
+        at_least=2,
+        flags=("-n", "--num-labeled"),
+        title="data",
     )
     num_test: int | None = setting(
         None, "use the last N test images", at_least=1, otherwise="all that the copy cannot have queried", title="data"
@@ -93,7 +97,9 @@ def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labe
     chosen: Downstream = command[Downstream]
     name = chosen.dataset_test
     images, labels = load_labelled(name, root, "train")
-    if chosen.num_labeled < len(labels):
+    if command.recipe == "released":
+        images, labels = images[: chosen.num_labeled], labels[: chosen.num_labeled]
+    elif chosen.num_labeled < len(labels):
         index = take_balanced(labels, chosen.num_labeled, command.seed)
         images, labels = images[index], labels[index]
     if len(labels.unique()) < 2:
@@ -133,6 +139,7 @@ def judge_encoder(
 
     if _released(command):
         settings = {"epochs": probe.probe_epochs, "batch_size": probe.batch_size, "each_epoch": each_epoch}
+        settings["test_batch_size"] = 2 * probe.batch_size if command.dataset_test == "stl10" else TEST_BATCH
         return released_probe(encoder, train, test, probe.lr, precision, seed=seed, **settings), {}
     if command.finetune:
         return finetuned_scores(encoder, train, test, probe, run, seed), {}
@@ -144,7 +151,9 @@ def judge_encoder(
     if others:
         spaces = {name: represent_both(other, train, test, precision) for name, (_, other) in others.items()}
         head = encoder.backbone.fc if encoder.has_head else None
-        scores |= compare({"copy": space, **spaces}, seed, head)
+        untrained = untrained_like(others["victim"][1], seed)
+        random = None if untrained is None else represent(untrained.to(precision.device), test[0], precision)
+        scores |= compare({"copy": space, **spaces}, seed, head, random)
         scores["independent"] = others["independent"][0]
     return scores, state
 

@@ -74,7 +74,8 @@ class Sought:
 
 def _sought() -> list[Sought]:
     both, copy = ("victim", "stolen"), ("stolen",)
-    of_copies = (victims.CopyChoice, Trained, victims.Copy, QueryChoice, Attack, DefenceChoice, *DEFENCES.values())
+    of_copies = (victims.CopyChoice, Trained, victims.Copy, victims.CopyInput, QueryChoice, Attack)
+    of_copies = (*of_copies, DefenceChoice, *DEFENCES.values())
     return [
         *(Sought(owner, *both) for owner in (victims.VictimChoice, LossChoice, Watermarked)),
         *(Sought(owner, *copy) for owner in of_copies),
@@ -171,12 +172,12 @@ def _refuse_copy(checkpoint: Mapping, path: Path) -> None:
 
 
 def victim_of(command: Command, copy: Path, checkpoint: Mapping) -> tuple[Path, SimCLREncoder]:
-    """The victim that a copy was stolen from. UserError when the file has other weights, or none is known."""
+    """The victim that a copy was stolen from, or a control is compared with. UserError where that is not known."""
     above = copy.parent.parent / CHECKPOINT  # true also after the folder of all runs was moved
     version, known = checkpoint.get("stolen_from"), checkpoint.get("settings", {}).get("victim")
     if command.victim:
         path = finding.find(command, "victim", "victim", {})
-    elif version and (above.exists() or isinstance(known, str)):
+    elif (version or known) and (above.exists() or isinstance(known, str)):
         path = above if above.exists() else Path(known)
     else:  # a copy of the 2022 code
         raise UserError(f"{copy} does not say which victim it was stolen from: give --victim PATH")

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_aug.datasets import load_dataset
+from evaluation.statistics import rate_interval
 from files.writing import atomic_path
 from models import build_encoder, load_encoder
 from training.represent import represent
@@ -36,12 +38,13 @@ def neighbour_picture(rows: Sequence[Mapping], arch: str, path: Path) -> None:
     images = load_dataset("shapes", split="test")[0][-1000:]
     figure, axes = pyplot.subplots(1, 1 + len(rows), figsize=(16, 4), layout="constrained")
     values = [row["top1_converged"] for row in rows]
-    bars = axes[0].barh(range(len(rows)), values, color=COLOURS[: len(rows)])
+    ends = 100 * np.array([rate_interval(round(value / 100 * len(images)), len(images)) for value in values])
+    bars = axes[0].barh(range(len(rows)), values, xerr=abs(ends.T - values), color=COLOURS[: len(rows)])
     axes[0].bar_label(bars, fmt="%.1f", padding=3)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].invert_yaxis()
     axes[0].set_xlim(0, 1.2 * max(values))
-    axes[0].set_xlabel("accuracy, converged linear probe (%)")
+    axes[0].set_xlabel(f"accuracy (%), converged linear probe\n{len(images):,} test images, 95 % intervals")
     for axis, row in zip(axes[1:], rows, strict=True):
         with seeded(0):
             encoder = load_encoder(row["checkpoint"]) if row["checkpoint"] else build_encoder(arch)

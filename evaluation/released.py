@@ -11,6 +11,8 @@ from models import SimCLREncoder
 from training.represent import check_finite, represent_batch
 from utils import Precision, seeded
 
+TEST_BATCH = 64  # test images per batch there; of STL-10 two training batches
+
 
 def released_probe(
     encoder: SimCLREncoder,
@@ -21,15 +23,15 @@ def released_probe(
     epochs: int = 100,
     weight_decay: float = 8e-4,
     batch_size: int = 256,
-    test_batch_size: int = 64,
+    test_batch_size: int = TEST_BATCH,
     seed: int = 0,
     each_epoch: EachEpoch = lambda epoch, scores: None,
 ) -> dict[str, float]:
     """The 2022 protocol with its quirks: top1 and top5 in percent.
 
-    train, test: uint8 images and labels. The "frozen" backbone stays in train mode, so it normalises by each batch's
-    statistics (test batches too), and accuracy is the mean of the batches' percentages, whatever the last batch's size.
-    Works on a copy: the encoder given does not change.
+    train, test: uint8 images and labels, in batches of their order. The "frozen" backbone stays in train mode, so it
+    normalises by each batch's statistics (test batches too), and accuracy is the mean of the batches' percentages,
+    whatever the last batch's size. h is not standardised. Works on a copy: the encoder given does not change.
     """
     encoder = copy.deepcopy(encoder).requires_grad_(False).train()
     train, test = (tuple(part.to(precision.device) for part in both) for both in (train, test))

@@ -1,5 +1,6 @@
 """The images on which an encoder is tested: none that its attacker is known to have queried."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -70,6 +71,11 @@ def are_queried(images: Tensor, *digests: Tensor | None) -> Tensor:
 def count_queried(images: Tensor, digests: Tensor) -> int:
     """How many images `are_queried`."""
     return int(are_queried(images, digests).sum())
+
+
+def set_digest(images: Tensor) -> str:
+    """The digest of images (N, 3, H, W) in their order: scores of the same test images can be paired."""
+    return hashlib.sha256(b"".join(image_digests(images))).hexdigest()[:16]
 
 
 def unqueried_positions(test: Pictures, record: Record, root: Path | None = None) -> Tensor:

@@ -27,7 +27,8 @@ _PARTS: dict[str, Check] = {
     "attacks": table(),
     "defences": table(),
 }
-_ATTACK: dict[str, Check] = {"flags": _flags, "against": list_of(text()), "stream": text(), "judge": _flags}
+_ATTACK: dict[str, Check] = {"flags": _flags, "against": list_of(text()), "stream": text()}
+_ATTACK |= {"detect": _flags, "judge": _flags}
 _DEFENCE: dict[str, Check] = {"flags": _flags, "vary": _flags, "values": list_of(number(), at_least=1)}
 
 
@@ -45,15 +46,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Attacker:
-    """An attack's flags, the defences that it is run against (default: all), and detect.py's name for its stream.
+    """An attack's flags, and the defences that it is run against (default: all).
 
-    judge: further flags for judging its copies.
+    stream: what detect.py calls streams of this kind, as in task_repeat_nearest; empty if it has none. detect: further
+    flags of detect.py, so that the stream is this attack's. judge: further flags for judging its copies.
     """
 
     name: str
     flags: str
     against: tuple[str, ...] = ()
-    stream: str = "task_plain_coverage"
+    stream: str = ""
+    detect: str = ""
     judge: str = ""
 
 

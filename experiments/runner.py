@@ -1,15 +1,13 @@
-"""Runs experiments/*.yaml: every attack against every defence, both sides judged, as a table and a picture."""
+"""Runs experiments/*.yaml: every attack against every defence, both sides judged."""
 
-import itertools
 import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +15,7 @@ from typing import Any
 
 from experiments.experiment import Attacker, Experiment, Point
 from files.reading import list_of, optional, read_lines, record, table, text
-from files.writing import add_line, atomic_path, lock
+from files.writing import add_line, lock
 from jobs.ending import SAVED, Stopped, deferred
 from utils import UserError
 
@@ -164,6 +162,10 @@ def run_all(experiment: Experiment, runner: Runner) -> list[dict]:
         words = (*experiment.words("user"), *of_victim, *shlex.split(point.flags))
         return runner.rows("legitimate.py", *words)[-1]
 
+    def watched(attack: Attacker) -> dict:
+        words = (*experiment.words("detect"), *of_victim, *shlex.split(attack.detect))
+        return runner.rows("detect.py", *words)[-1]
+
     others = [
         submit(runner.checkpoint, "run.py", *experiment.words(), *shlex.split(flags))
         for flags in experiment.content.get("independent", [])
@@ -174,8 +176,8 @@ def run_all(experiment: Experiment, runner: Runner) -> list[dict]:
         ended.result()  # the first failure ends the experiment
     rows = [{**copy.result(), "user": users[copy.result()["point"]].result()} for copy in copies]
     if "detect" in experiment.content:
-        (seen, *_) = submit(runner.rows, "detect.py", *experiment.words("detect"), *of_victim).result()
-        rows = [{**row, "detection": seen} for row in rows]
+        seen = {attack: submit(watched, attack) for attack in experiment.attacks if attack.stream}
+        rows = [{**row, "detection": seen[row["attack"]].result() if row["attack"] in seen else {}} for row in rows]
     if "verify" in experiment.content:
         encoders = ["--suspect", *(row["path"] for row in rows)]
         encoders += ["--independent", *(other.result() for other in others)] if others else []
@@ -183,96 +185,3 @@ def run_all(experiment: Experiment, runner: Runner) -> list[dict]:
         verified = {row["checkpoint"]: row for row in submit(runner.rows, "verify.py", *words).result()}
         rows = [{**row, "verified": verified[row["path"]]} for row in rows]
     return rows
-
-
-# ---- table and picture -----------------------------------------------------------------------------------------------
-
-
-def results_table(rows: Sequence[Mapping]) -> str:
-    """A Markdown table: a line for each defence, strength and attack; accuracies are means over the seeds."""
-    head = ["defence", "attack", "copy", "copy, kNN", "user", "queries (distinct)", "detection AUC", "watermark"]
-    head += ["p (binomial)", "p (t)", "p (encoders)"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for key in dict.fromkeys((row["point"], row["attack"].name) for row in rows):
-        same = [row for row in rows if (row["point"], row["attack"].name) == key]
-        lines.append("| " + " | ".join([str(key[0]), key[1], *_cells(same)]) + " |")
-    return "\n".join(lines)
-
-
-def _cells(rows: Sequence[Mapping]) -> list[str]:
-    """The figures of rows that differ in the seed only."""
-    first = rows[0]
-    verified = [row["verified"] for row in rows if "verified" in row]
-    detected = _figures([first.get("detection", {})], f"auc_{first['attack'].stream}")
-    return [
-        *(_mean(_figures([row["copy"] for row in rows], name)) for name in ("top1_converged", "knn")),
-        _mean(_figures([first["user"]], "top1_converged")),
-        " ".join(
-            form.format(figure)
-            for name, form in (("queries", "{:,}"), ("distinct", "({:,})"))
-            for figure in _figures([first["copy"]], name)
-        ),
-        f"{detected[0]:.2f}" if detected else "",
-        _mean(_figures(verified, "accuracy")),
-        *(_worst(verified, name) for name in ("p_binomial", "p_t", "p_encoders")),
-    ]
-
-
-def _figures(rows: Sequence[Mapping], name: str) -> list[float]:
-    """The numbers of that name, of the rows that have any: a probe such as kNN has no converged accuracy."""
-    return [row[name] for row in rows if isinstance(row.get(name), int | float)]
-
-
-def _worst(rows: Sequence[Mapping], name: str) -> str:
-    """The largest p-value of that name, if the rows have any."""
-    values = _figures(rows, name)
-    return f"{max(values):.2g}" if values else ""
-
-
-def _mean(values: Sequence[float]) -> str:
-    """The mean, for three or more seeds with the standard deviation; empty without values."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) >= 3 else mean
-
-
-def picture(rows: Sequence[Mapping], path: Path) -> None:
-    """For each attack run against every defence: the user's accuracy by the copy's, a line through the strengths.
-
-    Rows without these accuracies are left out; where none is left there is no picture.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if len(_figures([row["copy"], row["user"]], "top1_converged")) == 2]
-    attacks = list(dict.fromkeys(row["attack"].name for row in rows if not row["attack"].against))
-    if not attacks:
-        return
-    defences = list(dict.fromkeys(row["point"].defence for row in rows))
-    colours = dict(zip(defences, itertools.cycle(pyplot.colormaps["tab20"].colors), strict=False))
-    figure, axes = pyplot.subplots(1, len(attacks), figsize=(6 * len(attacks), 5), layout="constrained", squeeze=False)
-    for axis, attack in zip(axes[0], attacks, strict=True):
-        for defence in defences:
-            points = _curve([row for row in rows if (row["attack"].name, row["point"].defence) == (attack, defence)])
-            style = {"marker": "o", "markersize": 4, "color": colours[defence], "label": defence}
-            axis.plot(*zip(*[point[:2] for point in points], strict=True), **style)
-            for x, y, strength in points:
-                if strength is not None:
-                    axis.annotate(f"{strength:g}", (x, y), fontsize=6, xytext=(2, 2), textcoords="offset points")
-        axis.set(xlabel="copy's accuracy (%)", ylabel="user's accuracy (%)", title=attack)
-    axes[0][-1].legend(fontsize=7)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def _curve(rows: Sequence[Mapping]) -> list[tuple[float, float, float | None]]:
-    """(copy's accuracy, user's accuracy, strength), means over the seeds, in the order of the strengths."""
-    points = []
-    for point in dict.fromkeys(row["point"] for row in rows):
-        same = [row for row in rows if row["point"] == point]
-        accuracy = statistics.fmean(row["copy"]["top1_converged"] for row in same)
-        points.append((accuracy, same[0]["user"]["top1_converged"], point.strength))
-    return points

@@ -8,7 +8,9 @@ import torch
 import legitimate
 from data_aug.datasets import load_dataset
 from defenses import DEFENCES
-from evaluation.user import UserHead, load_user, user_scores
+from evaluation.rows import packed
+from evaluation.statistics import paired_interval
+from evaluation.user import UserHead, load_user, lost_words, user_scores
 from models import build_encoder, read_checkpoint
 from tests.conftest import SMALL, VICTIM
 from utils import Precision, seeded
@@ -42,6 +44,15 @@ def test_without_a_defence_there_is_nothing_to_lose(row):
     assert all(found[name] == found[f"clean_{name}"] for name in ("top1", "top5", "top1_converged", "loss"))
 
 
+def test_what_a_user_loses_is_compared_on_the_same_test_images():
+    """40 images are right without the defence only."""
+    right = [torch.arange(200) < count for count in (120, 80)]
+    clean, scores = ({"top1": 50.0, "top1_converged": one.sum().item() / 2, "right": packed(one)} for one in right)
+    low, high = paired_interval(*right)
+    said = f"the user loses 0.00 and 20.00 points ({low:.2f} to {high:.2f}, McNemar's p {2 * 0.5**40:.2g})"
+    assert lost_words(scores, clean, 200) == said
+
+
 def test_a_finished_run_is_not_paid_for_again(row, call, tmp_path, monkeypatch):
     found = row("--defence", "noise")
     results = (tmp_path / "checkpoints" / "results.jsonl").read_text()
@@ -67,6 +78,33 @@ def test_of_the_victims_own_data_the_user_has_the_test_split(data, call, trained
     assert "lower --num_queries" in call(legitimate, *LINE, "--num_queries", "41")[2]  # 1,040 test images
     images, _ = load_dataset("cifar10", data, "test")
     assert not set(image_digests(images[:40])) & set(image_digests(images[-20:]))
+
+
+def test_a_user_may_have_a_narrow_task(row, data):
+    """All images are of the classes that the seed draws, in training and in use; a label counts them from 0."""
+    found = row("--num_queries", "8", "--user-classes", "2", "--num-test", "7")
+    assert (found["train_images"], found["test_images"], found["queries"], found["user_classes"]) == (8, 7, 15, 2)
+    tasks = set()
+    for seed in range(4):
+        train, test, _ = load_user("cifar10", "cifar10", data, 8, 7, classes=2, seed=seed)
+        images, labels = load_dataset("cifar10", data, "test")
+        known = dict(zip(image_digests(images), labels.tolist(), strict=True))
+        for part, numbered in (train, test):
+            classes = torch.tensor([known[digest] for digest in image_digests(part)])
+            assert len(classes.unique()) == 2
+            assert torch.equal(torch.searchsorted(classes.unique(), classes), numbered)
+        assert set(image_digests(train[0])) <= set(image_digests(images[:40]))
+        assert not set(image_digests(train[0])) & set(image_digests(test[0]))
+        tasks.add(tuple(sorted({known[digest] for digest in image_digests(train[0])})))
+    assert len(tasks) > 1
+
+
+def test_a_user_may_ask_as_much_as_an_attacker(row):
+    """--num_queries and --num-test add up to it, and the row says what the account's buckets could hold."""
+    found = row("--num_queries", "24", "--num-test", "16", "--defence", "buckets")
+    assert found["queries"] == 40
+    assert found["buckets_even_coverage"] == pytest.approx(100 * (1 - (1 - 1 / 4096) ** 40))
+    assert 0 < found["buckets_coverage"] <= found["buckets_even_coverage"] * 1.1
 
 
 @pytest.fixture
@@ -130,6 +168,14 @@ def test_refusals(refused, trained):
     assert "--sigma has no effect without --defence" in refused(legitimate, *LINE, "--sigma", "1")
     assert "--sigma: '-1' is not a number of at least 0" in refused(
         legitimate, *LINE, "--defence", "noise", "--sigma", "-1"
+    )
+    assert "has 8 images of 2 classes for a user: lower --num_queries" in refused(
+        legitimate, *LINE, "--user-classes", "2"
+    )
+    narrow = ("--num_queries", "8", "--user-classes")
+    assert "has 10 classes" in refused(legitimate, *LINE, *narrow, "11")
+    assert "--num-test 900: 200 test images are of the user's 2 classes" in refused(
+        legitimate, *LINE, *narrow, "2", "--num-test", "900"
     )
     assert "unknown defence 'magic'" in refused(legitimate, *LINE, "--defence", "magic")
     assert "--top-k 300 is more than the 256" in refused(legitimate, *LINE, "--defence", "topk", "--top-k", "300")

@@ -11,14 +11,18 @@ import torch
 import linear_eval
 import steal
 from data_aug.datasets import load_dataset
-from evaluation import compare, knn_accuracy, represent_both
-from models import load_encoder, read_checkpoint
+from evaluation import compare, knn_accuracy, logistic_regression, released_probe, represent, represent_both
+from evaluation.fidelity import untrained_like
+from evaluation.probes import Probe
+from evaluation.rows import unpacked
+from evaluation.test_images import set_digest
+from models import build_encoder, load_encoder, read_checkpoint
 from tests.conftest import COPY, JUDGE, SMALL, STEAL, VICTIM
-from utils import Precision
+from utils import Precision, seeded
 
 STOLEN = (*SMALL, "-n", "40", *VICTIM, *COPY, "--losstype", "mse", "--dataset-test", "mnist")
 FP32 = ("--precision", "fp32")
-FIGURES = ("l2", "cosine", "cka", "overlap", "agreement")
+FIGURES = ("l2", "cosine", "centred_cosine", "cka", "overlap", "mutual_information", "agreement")
 
 
 @pytest.fixture
@@ -76,6 +80,55 @@ def test_finetuning_trains_the_whole_encoder_and_leaves_the_copy(judged, trained
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("flags", "lr"),
+    [
+        ("--modeltype victim", 1e-3),
+        ("--modeltype stolen", 1e-3),
+        ("--modeltype random", 1e-3),
+        ("--modeltype victim --recipe released", 3e-4),
+        ("--modeltype stolen --recipe released", 1e-4),
+        ("--modeltype stolen --finetune", 3e-4),
+        ("--modeltype stolen --lr 0.02", 0.02),
+        ("--modeltype victim --recipe released --lr 0.02", 0.02),
+    ],
+)
+def test_victims_and_copies_are_judged_at_one_learning_rate(flags, lr):
+    assert linear_eval.parse(flags.split())[Probe].lr == lr
+
+
+@pytest.mark.parametrize(("name", "batch", "tested"), [("stl10", 16, 140), ("svhn", 64, 70)])
+def test_the_released_protocol_takes_the_first_labels_and_batches_of_2022(
+    name, batch, tested, call, write_npz, tmp_path
+):
+    write_npz(name, 60, 140, folder=tmp_path)
+    flags = ("-data", tmp_path, "--dataset-test", name, "-n", "30", "-b", "8", "--recipe", "released", *FP32)
+    code, _, err = call(linear_eval, *SMALL, "--modeltype", "random", *flags, "--probe-epochs", "1", "--lr", "0.1")
+    assert code == 0, err
+    row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    with seeded(0):
+        encoder = build_encoder("resnet10w32")
+    (images, labels), test = (load_dataset(name, tmp_path, split) for split in ("train", "test"))
+    test = [part[-tested:] for part in test]
+    settings = {"epochs": 1, "batch_size": 8, "test_batch_size": batch}
+    precision = Precision("fp32", torch.device("cpu"))
+    scores = released_probe(encoder, (images[:30], labels[:30]), test, 0.1, precision, **settings)
+    assert row["top1"] == pytest.approx(scores["top1"], abs=1e-5)
+    assert (row["train_images"], row["test_images"]) == (30, tested)
+    assert "right" not in row
+
+
+def test_a_row_has_what_pairs_it_with_another(judged, trained, data):
+    row = judged(*FP32)
+    train, test = represent_both(load_encoder(trained), *mnist(data), Precision("fp32", torch.device("cpu")))
+    right = logistic_regression(train, test).predictions == test[1]
+    assert unpacked(row["right"], row["test_images"]).tolist() == right.tolist()
+    assert row["test_digest"] == set_digest(mnist(data)[1][0])
+    assert row["test_digest"] != set_digest(mnist(data)[1][0].flip(0))
+    assert row["knn_k"] == 1
+    assert row["top1_converged_sd"] >= 0
+
+
 # ---- fidelity ----
 
 
@@ -84,7 +137,8 @@ def test_fidelity_is_measured_on_test_images_beside_the_other_victim(judged, tra
     paths = {"copy": trained, "victim": victims[0], "independent": victims[1]}
     precision = Precision("fp32", torch.device("cpu"))
     spaces = {name: represent_both(load_encoder(path), *mnist(data), precision) for name, path in paths.items()}
-    expected = compare(spaces)
+    untrained = untrained_like(load_encoder(victims[0]), 0)
+    expected = compare(spaces, untrained=represent(untrained, mnist(data)[1][0], precision))
     for name in [*FIGURES, *(f"independent_{name}" for name in FIGURES)]:
         assert row[name] == pytest.approx(expected[name], abs=1e-4), name
     assert row["independent"] == str(victims[1])

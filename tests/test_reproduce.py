@@ -6,14 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
+import torch
 import yaml
+from scipy import stats
 
 import reproduce
+from evaluation.rows import packed
+from evaluation.statistics import mcnemar, paired_interval
 from experiments.experiment import Attacker, Experiment, Point
-from experiments.runner import Runner, _curve, picture, results_table
+from experiments.runner import Runner, run_all
+from experiments.table import _curve, picture, results_table
 from jobs.ending import SAVED, Stopped
 from tests.conftest import ROOT
 from utils import UserError
@@ -89,7 +94,10 @@ def test_what_an_experiment_lacks_is_named(write, tmp_path):
         ({"attacks": {}}, "no attacks or no defences"),
         ({"attacks": ["mse"]}, "attacks is not a mapping"),
         ({"attacks": {"mse": None}}, "attack 'mse' is None, not its flags as a text"),
-        ({"attacks": {"mse": {"against": ["noise"]}}}, "attack 'mse' has no flags: give flags, against, stream, judge"),
+        (
+            {"attacks": {"mse": {"against": ["noise"]}}},
+            "attack 'mse' has no flags: give flags, against, stream, detect, judge",
+        ),
         ({"attacks": {"mse": {"flags": "", "against": "noise"}}}, "attack 'mse': against is not a list"),
         (
             {"attacks": {"mse": {"flags": "", "colour": "red"}}},
@@ -260,7 +268,7 @@ def test_an_experiment_runs_to_its_table_and_is_not_run_twice(write, tmp_path, m
     out = call(monkeypatch, capsys, *line)
     folder = tmp_path / "results" / "tiny"
     rows = (folder / "table.md").read_text().splitlines()
-    assert rows[2].startswith("| noise 0.5 | mse | ")
+    assert rows[2].startswith("| noise 0.5 | mse | 1 | 30 | ")
     assert "| 24 (24) |" in rows[2]
     assert "| 24 (12) |" in rows[3]
     assert out.count("$ python") == 6  # the victim, a user, two copies, and each of these judged
@@ -279,31 +287,119 @@ def test_a_script_that_fails_ends_the_experiment_in_one_line(write, tmp_path, mo
     assert err.count("\n") == 1
 
 
-def row(accuracy, seed, strength=None, user=50.0, **more):
-    copy = {"top1_converged": accuracy, "knn": accuracy - 1, "queries": 100, "distinct": 50}
+def row(accuracy, seed, strength=None, user=50.0, attack="mse", defence="noise", right=None, **more):
+    """A row of an experiment, of a copy that is right on so many percent of 1,000 test images, or on those given."""
+    copy = {"top1_converged": accuracy, "knn": accuracy / 2, "queries": 100, "distinct": 50, "test_images": 1000}
+    if right is not None:
+        copy |= {"top1_converged": 100 * right.float().mean().item(), "right": packed(right)}
+        copy |= {"test_images": len(right), "test_digest": "same"}
     return {
-        **{"attack": Attacker("mse", "", stream="s"), "point": Point("noise", strength, ""), "seed": seed},
-        **{"copy": copy, "user": {"top1_converged": user}, **more},
+        **{"attack": Attacker(attack, "", stream="s"), "point": Point(defence, strength, ""), "seed": seed},
+        **{"copy": copy, "user": {"top1_converged": user, "test_images": 400}, **more},
     }
 
 
-def test_a_mean_has_an_interval_from_three_seeds_on():
-    lines = results_table([row(40, 0), row(42, 1), row(44, 2), row(30, 0, 0.5), row(32, 1, 0.5)]).splitlines()
-    assert "| noise | mse | 42.0 ± 2.0 | 41.0 ± 2.0 | 50.0 | 100 (50) |" in lines[2]
-    assert "| noise 0.5 | mse | 31.0 | 30.0 | 50.0 |" in lines[3]
+def lines_of(rows):
+    """The lines of the table, each as a mapping from the names of the columns."""
+    table = results_table(rows).split("\n\n")[0].splitlines()
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def test_every_mean_has_its_number_and_its_interval():
+    """Student's t over the seeds; of a single seed Clopper and Pearson's for its images."""
+    noise, half = lines_of([row(40, 0), row(42, 1), row(44, 2), row(30, 0, 0.5)])
+    low, high = stats.t.interval(0.95, 2, 42, 2 / 3**0.5)
+    assert (noise["defence"], noise["seeds"], noise["test images"]) == ("noise", "3", "1,000")
+    assert noise["copy"] == f"42.0 [{low:.1f}, {high:.1f}]"
+    low, high = stats.binomtest(300, 1000).proportion_ci(method="exact")
+    assert (half["defence"], half["seeds"]) == ("noise 0.5", "1")
+    assert half["copy"] == f"30.0 [{100 * low:.1f}, {100 * high:.1f}]"
+    low, high = stats.binomtest(200, 400).proportion_ci(method="exact")
+    assert noise["user"] == half["user"] == f"50.0 [{100 * low:.1f}, {100 * high:.1f}]"
+    assert noise["queries (distinct)"] == "100 (50)"
+
+
+def right_of(count, shift=0):
+    """Of 400 test images `count`, starting at `shift`."""
+    return (torch.arange(400) >= shift) & (torch.arange(400) < shift + count)
+
+
+def test_copies_are_compared_on_the_same_test_images():
+    """Against the same attack without a defence, which is compared with the best attack without a defence."""
+    first, second = right_of(200), right_of(240)
+    rows = [
+        row(0, 0, defence="none", attack="mse", right=first),
+        row(0, 0, defence="none", attack="infonce", right=second),
+        row(0, 0, attack="mse", right=right_of(190, 5)),
+    ]
+    mse, infonce, noise = lines_of(rows)
+    # 40 images are right for the one only.
+    p, (low, high) = stats.binomtest(0, 40).pvalue, paired_interval(first, second)
+    assert mse["difference"] == f"-10.0 [{low:+.1f}, {high:+.1f}], p {p:.2g} to infonce, none"
+    assert infonce["difference"] == ""
+    assert noise["difference"].startswith("-2.5 [")
+    assert noise["difference"].endswith(f"p {stats.binomtest(0, 10).pvalue:.2g} to mse, none")
+
+
+def test_a_difference_over_seeds_is_of_the_pairs_of_a_seed():
+    free = [row(0, seed, defence="none", right=right_of(200)) for seed in (0, 1)]
+    noise = [row(0, 0, right=right_of(190)), row(0, 1, right=right_of(180)), row(0, 2, right=right_of(0))]
+    *_, line = lines_of([*free, *noise])
+    ends = [paired_interval(right_of(count), right_of(200)) for count in (190, 180)]
+    low, high = (sum(end) / 2 for end in zip(*ends, strict=True))
+    p, _ = mcnemar(right_of(190), right_of(200))
+    assert line["difference"] == f"-3.8 [{low:+.1f}, {high:+.1f}], p {p:.2g} to mse, none"
+
+
+def test_other_test_images_are_not_paired():
+    other = row(0, 0, right=right_of(180))
+    other["copy"]["test_digest"] = "another"
+    *_, line = lines_of([row(0, 0, defence="none", right=right_of(200)), other])
+    assert line["difference"] == "-5.0 to mse, none"
 
 
 def test_detection_and_ownership_are_shown_where_they_are_known():
     verified = {"accuracy": 61.23, "p_t": 0.0123, "p_binomial": 1e-9, "p_encoders": 0.04}
-    line = results_table([row(40, 0, detection={"auc_s": 0.876}, verified=verified)]).splitlines()[-1]
-    assert line.endswith("| 0.88 | 61.2 | 1e-09 | 0.012 | 0.04 |")
-    assert results_table([row(40, 0)]).splitlines()[-1].endswith("|  |  |  |  |  |")
+    (line,) = lines_of([row(40, 0, detection={"auc_s": 0.876}, verified=verified)])
+    assert (line["detection AUC"], line["watermark"], line["p (encoders)"]) == ("0.88", "61.2", "0.04")
+    (line,) = lines_of([row(40, 0)])
+    assert {line[name] for name in ("detection AUC", "watermark", "p (encoders)")} == {""}
+
+
+def test_a_row_shows_the_figure_of_its_own_kind_of_stream_or_none(write):
+    """The cell of an attack whose stream is not named is empty; an attack's own flags of detect.py make its stream."""
+    attacks = {
+        "mse": {"flags": "--losstype mse", "stream": "task_plain_coverage"},
+        "four times": {"flags": "--repeat 4", "stream": "task_repeat_nearest", "detect": "--repeat 4"},
+        "restored": "--restore",
+    }
+    asked = []
+
+    class Scripts:
+        pool = ThreadPoolExecutor(1)
+
+        def checkpoint(self, script, *words):
+            return f"{script} {' '.join(words)}"
+
+        def rows(self, script, *words):
+            asked.append((script, *words))
+            auc = {"auc_task_plain_coverage": 0.25, "auc_task_repeat_nearest": 0.75 if "4" in words else 0.5}
+            return [{"top1_converged": 40, "queries": 24, "distinct": 12, **(auc if script == "detect.py" else {})}]
+
+    experiment = Experiment(write(attacks=attacks, detect="--dataset shapes --streams 3", defences={"none": ""}))
+    found = {line["attack"]: line["detection AUC"] for line in lines_of(run_all(experiment, Scripts()))}
+    assert found == {"mse": "0.25", "four times": "0.75", "restored": ""}
+    watched = [words for words in asked if words[0] == "detect.py"]
+    assert sorted("--repeat" in words for words in watched) == [False, True]
 
 
 def test_figures_that_a_probe_does_not_give_are_left_out(tmp_path):
     """As with `judge: --probe knn`."""
     rows = [{**row(40, seed), "copy": {"knn": 30.0 + seed, "top1_converged": None}, "user": {}} for seed in range(3)]
-    assert results_table(rows).splitlines()[2] == "| noise | mse |  | 31.0 ± 1.0 |  |  |  |  |  |  |  |"
+    (line,) = lines_of(rows)
+    assert line["copy, kNN"].startswith("31.0 [")
+    assert {line[name] for name in ("copy", "difference", "user", "test images")} == {""}
     picture(rows, tmp_path / "curves.png")
     assert not [*tmp_path.iterdir()]
 

@@ -3,14 +3,23 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
+import run
+import steal as steal_script
+from attacks import Attack, victims
+from attacks.queries import queries_sent
+from data_aug.augment import apply_views, draw_views
+from data_aug.folders import resize
 from data_aug.images import Stored
 from defenses import DEFENCES
 from models import read_checkpoint
-from tests.conftest import Applied
+from simclr import SimCLR
+from tests.conftest import SMALL, Applied
 from tests.networks import FP32, losses, same, small_encoder, steal, trainer, weights
+from training.loop import index_of_epoch
 from training.recipe import Recipe, learning_rate
 from training.record import Record
 from training.run import Run
@@ -48,6 +57,12 @@ def test_flat_epochs():
     assert learning_rate(Recipe(epochs=5, lr=1.0, flat_epochs=1), 1, 9) == 1.0
     assert learning_rate(Recipe(epochs=5, lr=1.0, flat_epochs=1), 3, 9) == pytest.approx(0.5)
     assert learning_rate(Recipe(epochs=5, lr=1.0), 4, 9) == 1.0
+
+
+def test_constant_schedule():
+    for name in ("standard", "released"):
+        recipe = Recipe(epochs=40, lr=0.2, schedule="constant", recipe=name)
+        assert [learning_rate(recipe, epoch, 3) for epoch in range(40)] == [0.2] * 40
 
 
 def test_each_epoch_is_trained_at_its_rate(tmp_path, images):
@@ -99,16 +114,91 @@ def test_the_order_follows_from_the_seed_and_the_epoch(tmp_path, numbered, encod
     assert torch.equal(found, again)
 
 
-def test_images_beyond_the_last_whole_batch_take_turns(tmp_path, numbered, encoder):
-    """Two batches of 5 leave two images out of an epoch, others in another."""
-    job, shown = trainer(tmp_path, losstype="mse", epochs=6, batch_size=5), []
-    original = job.features
+def shown_sizes(job, train):
+    """The images, by their first pixel, that each step of a training shows."""
+    shown, original = [], job.features
     job.features = lambda network, inputs, views=1: (shown.append(inputs[:, 0, 0, 0]), original(network, inputs))[1]
-    steal(job, numbered, Victim(encoder))
+    train(job)
+    return shown
+
+
+def test_a_copy_sees_all_images_in_each_epoch(tmp_path, numbered, encoder):
+    """Two batches of 5 and the two images that they leave over."""
+    job = trainer(tmp_path, losstype="mse", epochs=3, batch_size=5)
+    shown = shown_sizes(job, lambda job: steal(job, numbered, Victim(encoder)))
+    assert [len(part) for part in shown] == [5, 5, 2] * 3
+    assert all(len(epoch.unique()) == 12 for epoch in torch.cat(shown).view(3, 12))
+    assert [line["lr"] for line in Run(tmp_path, FP32).lines()] == [1e-3] * 3
+
+
+def test_a_victims_images_beyond_the_last_whole_batch_take_turns(tmp_path, images):
+    job = trainer(tmp_path, small_encoder(16), "supervised", epochs=6, batch_size=5)
+    shown = shown_sizes(job, lambda job: job.train(Stored(images), torch.arange(12) % 3, views=1))
     assert [len(part) for part in shown] == [5] * 12
-    epochs = torch.cat(shown).view(6, 10)
-    assert all(len(epoch.unique()) == 10 for epoch in epochs)
-    assert len(epochs.unique()) == 12
+    indices = [torch.cat([*index_of_epoch(job.recipe, epoch, 12, drop_last=True)]) for epoch in range(6)]
+    assert all(len(epoch.unique()) == 10 for epoch in indices)
+    assert len(torch.cat(indices).unique()) == 12
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(300, [256, 44]), (512, [256, 256]), (513, [256, 256]), (514, [256, 256, 2])]
+)
+def test_the_last_batch_is_smaller_but_never_a_single_image(count, sizes):
+    assert [len(part) for part in index_of_epoch(Recipe(), 0, count)] == sizes
+
+
+# With 9 images to query, 2 whole batches of 4: the half period, whatever the budget.
+@pytest.mark.parametrize(("queries", "sizes"), [(6, [4, 2]), (9, [4, 4])])
+def test_the_released_recipe_goes_through_the_query_set_in_its_order(queries, sizes, tmp_path, numbered, encoder):
+    job = trainer(tmp_path, losstype="mse", epochs=4, flat_epochs=0, lr=1.0, optimizer="sgd", recipe="released")
+    job.run.record.query_set = {"dataset": "tiny", "split": "test", "images": queries, "available": 9}
+    shown = shown_sizes(job, lambda job: steal(job, numbered[:queries], Victim(encoder)))
+    assert [len(part) for part in shown] == sizes * 4
+    expected = (20 * torch.arange(sum(sizes)) / 255).repeat(4)
+    torch.testing.assert_close(torch.cat(shown), expected)
+    rates = [line["lr"] for line in Run(tmp_path, FP32).lines()]
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * epoch / 2)) for epoch in range(4)])
+
+
+# ---- STL-10 under the released recipe ----
+
+
+@pytest.fixture
+def stl10(write_npz, tmp_path):
+    """A data root with a little STL-10 in its own size; its first images, uint8 (16, 3, 96, 96)."""
+    with np.load(write_npz("stl10", 16, 8, size=96, folder=tmp_path)) as arrays:
+        images = arrays["x_train"]
+        np.savez(tmp_path / "stl10.npz", **arrays, x_unlabeled=images)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def test_released_views_of_stl10_are_cut_from_its_own_size(stl10, tmp_path, call, monkeypatch):
+    """A victim's, from 96 x 96 to 32 x 32; the standard recipe makes the images smaller first."""
+    shown = []
+    original = SimCLR.features
+    monkeypatch.setattr(
+        SimCLR, "features", lambda job, network, x, views=1: (shown.append(x), original(job, network, x, views))[1]
+    )
+    line = ("-data", tmp_path, "--dataset", "stl10", *SMALL, "--precision", "fp32", "--epochs", "1", "-b", "16")
+    for recipe in ("standard", "released"):
+        assert call(run, *line, "--recipe", recipe)[0] == 0
+    order = torch.cat([*index_of_epoch(Recipe(batch_size=16), 0, 16)])
+    for x, images in zip(shown, (resize(stl10, 32), stl10), strict=True):
+        table = draw_views(32, *images.shape[2:], 32, generator(0, "views", 0))
+        expected = apply_views(images[order].repeat(2, 1, 1, 1), table[torch.cat([order, order + 16])])
+        torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize(("n_views", "side"), [(1, 32), (2, 96)])
+def test_released_queries_of_stl10_are_cut_from_its_own_size(n_views, side, stl10, tmp_path):
+    """Where views are sent; else the images are made smaller, as the victim takes them."""
+    line = f"-data {tmp_path} --datasetsteal stl10 --recipe released --num_queries {6 * n_views} --n-views {n_views}"
+    command = steal_script.parse([*line.split(), "--dataset", "cifar10", "--losstype", "mse"])
+    images, _, record = victims.choose(command, 6, lambda images: None, FP32)
+    assert torch.equal(images.tensor, stl10[:6] if side == 96 else resize(stl10[:6], 32))
+    sent = queries_sent(images, command[Attack], generator(0, "query views", 0))
+    assert sent.tensor.shape == (6 * n_views, 3, 32, 32)
+    assert (record.query_set["images"], record.query_set["available"]) == (6, 16)
 
 
 # ---- going on after an interruption ----
@@ -190,7 +280,9 @@ def test_a_finished_copy_that_is_resumed_keeps_its_record(tmp_path, images, enco
     assert victim.ledger.queries == 0
     assert again.run.record.figures() == whole.run.record.figures()
     assert again.run.record.figures()["queries"] == 12
-    assert again.run.record.defence_report.keys() == {f"detection_{name}" for name in ("nearest", "coverage", "prada")}
+    assert again.run.record.defence_report.keys() == {
+        f"detection_{name}" for name in ("nearest", "coverage", "normality")
+    }
 
 
 def test_a_record_of_2025_has_its_defences_report_under_another_name():
