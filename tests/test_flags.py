@@ -28,6 +28,7 @@ LARGE = ("--pretrained", "simsiam.pth.tar", "--size", "32", "-b", "8", "--epochs
 LARGE = (*LARGE, "--device", "cpu", "--arch", "resnet10w32")
 LARGE_STEAL = (*LARGE, "--datasetsteal", "imagenet", "--num_queries", "16")
 LARGE_SGD = {
+    "schedule": (("--epochs", "3", "--flat-epochs", "1"), "constant"),
     **{"optimizer": "adam", "flat_epochs": (("--epochs", "2"), "2")},
     **{"lr": "0.5", "momentum": (("--epochs", "2"), "0.1"), "weight_decay": "0.1", "lars": None},
     **{"epochs": "2", "start_epoch": (("--epochs", "2"), "1"), "batch_size": "4", "size": "48"},
@@ -44,10 +45,13 @@ ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing
 
 # For each flag a command line and what is added to it; where a flag is about another, a base of its own.
 MACHINE = {"precision": (("--precision", "fp32"), "bf16"), "seed": "1"}
+SCHEDULE = (("--epochs", "3", "--flat-epochs", "1"), "constant")
 OPTIMISER = {"lr": "0.1", "weight_decay": "0.1", "optimizer": "sgd", "epochs": "2", "batch_size": "4"}
+OPTIMISER |= {"schedule": SCHEDULE}
 RATE = (("--epochs", "3", "--flat-epochs", "1"), "0")
 FOUND_BY = {"dataset": "svhn", "epochstrain": "2", "lossvictim": "softnn", "victim": "none.pth.tar"}
 QUERIES = {"num_queries": "16", "query_order": "random", "datasetsteal": "mnist"}
+QUERIES |= {"query_space": (("--query-order", "k-centre"), "none.pth.tar")}
 FORCE = (("--datasetsteal", "cifar10"), "True")
 
 NOISE, POISONING, DETECTION = (("--defence", name) for name in ("noise", "poisoning", "detection"))
@@ -71,6 +75,7 @@ DEFENDED = {
     "bucket_lambda": (BUCKETS, "0.01"),
     "bucket_alpha": (BUCKETS, "5"),
     "bucket_beta": (BUCKETS, "2"),
+    "bucket_cells": (BUCKETS, "centred"),
 }
 
 # Flags of linear_eval.py by which a copy is looked for: with another value than its own none is found.
@@ -80,6 +85,8 @@ FOUND = {
     **{"max_coverage": "5", "sybils": "2", "shared": "9", "secret": "7", "consistent_noise": "True", "decimals": "0"},
     **{"poison_threshold": "0.5", "poison_memory": "7", "top_k": "8", "dimensions": "8", "transform": "binary"},
     **{"bucket_bits": "3", "bucket_lambda": "0.1", "bucket_alpha": "5", "bucket_beta": "2", "detection_bits": "3"},
+    **{"bucket_cells": "kmeans", "jitter": "3", "copy_normalize": "none", "query_space": "own.pth.tar"},
+    **{"query_views": "mild", "views": "mild"},
     **{"detection_memory": "7", "temperature": "0.5", "temperaturesn": "5", "distance": "l1", "lambda_aug": "2"},
 }
 
@@ -102,6 +109,8 @@ EFFECTS = {
             "temperaturesn": (("--losstype", "softnn"), "1"),
             "n_views": "3",
             "recipe": (("--epochs", "3", "--flat-epochs", "0"), "released"),
+            # With a victim to mark: in test_sslguard.py.
+            **{"victim": "none.pth.tar", "lr_shadow": "1", "lr_decoder": "1", "lr_trigger": "1"},
         },
     ),
     steal: (
@@ -122,6 +131,7 @@ EFFECTS = {
             "watermark": "True",
             **DEFENDED,
             "repeat": "2",
+            "jitter": (("--repeat", "2"), "9"),
             "restore": (("--defence", "topk"), "True"),
             "max_coverage": "0.1",
             "sybils": "2",
@@ -129,6 +139,9 @@ EFFECTS = {
             "stolenhead": "True",
             "n_views": "2",
             "queryaug": "True",
+            "copy_normalize": "none",
+            "query_views": (("--queryaug",), "none"),
+            "views": (("--useaug",), "mild"),
             "prototype": (("--n-views", "2"), "True"),
             "useaug": "True",
             "copy_views": (("--useaug",), "2"),
@@ -153,6 +166,8 @@ EFFECTS = {
             "flat_epochs": RATE,
             "momentum": (SGD, "0.1"),
             "force": FORCE,
+            "copy_normalize": "none",
+            "query_views": "crop-flip",
             "losstype": "mse",
             "losshead": "softnn",
             "victimhead": (("--losshead", "msewithhead"), "True"),
@@ -178,6 +193,7 @@ EFFECTS = {
             "flat_epochs": RATE,
             "momentum": (SGD, "0.1"),
             "force": FORCE,
+            "copy_normalize": "none",
             "losstype": "knockoff",
             "mode": "knockoff",
             "modeloutput": "logits",
@@ -199,6 +215,7 @@ EFFECTS = {
             "losstype": (("--defence", "True"), "mse"),
             "num_queries": "30",
             "num_test": "10",
+            "user_classes": (("--num_queries", "8"), "2"),
             "epochs": "1",
             "batch_size": "8",
             "lrhead": "0.1",
@@ -268,6 +285,7 @@ EFFECTS = {
             "lambda_aug": (("--losstype", "stolenencoder"), "0"),
             "out_dim": (("--losstype", "symmetrized"), "64"),
             "useaug": "False",
+            "views": "crop-flip",
             "copy_views": "2",
         },
     ),
@@ -290,8 +308,12 @@ EFFECTS = {
         },
     ),
 }
-# Settings of defences act in the black box, the same for all scripts: steal.py and legitimate.py stand for them.
+# Settings of defences act in the black box, those of training in the one loop, the same for all scripts: steal.py,
+# legitimate.py and run.py stand for them.
 ELSEWHERE_TOO = {(module, name) for module in (stealhead, stealsimsiam) for name in DEFENDED}
+OF_TRAINING = (*OPTIMISER, "momentum", "precision")
+ELSEWHERE_TOO |= {(module, name) for module in (stealhead, steallabels) for name in OF_TRAINING}
+ELSEWHERE_TOO |= {(module, name) for module in (stealsimsiam, linsimsiam) for name in ("schedule", "flat_epochs")}
 CASES = [
     pytest.param(module, name, marks=[pytest.mark.slow] if (module, name) in ELSEWHERE_TOO else [])
     for module, (_, flags) in EFFECTS.items()

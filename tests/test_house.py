@@ -24,13 +24,13 @@ MAY_IMPORT = {
     "models": _BASE,
     "data_aug": _BASE,
     "training": _BASE | {"jobs", "models", "data_aug"},
-    "loss": {"settings", "training"},
+    "loss": {"settings", "training", "utils"},
     "defenses": _BASE | {"models", "data_aug"},
     "victim": {"files", "utils", "models", "data_aug", "defenses"},
     "attacks": _BASE | {"data_aug", "defenses", "jobs", "loss", "models", "training", "victim"},
     "simclr": _BASE | {"attacks", "data_aug", "defenses", "jobs", "training", "victim"},
     "evaluation": _BASE | {"attacks", "data_aug", "defenses", "loss", "models", "simclr", "training", "victim"},
-    "experiments": {"files", "jobs", "utils"},
+    "experiments": {"files", "jobs", "utils", "evaluation"},
 }
 
 

@@ -331,6 +331,7 @@ FORGED = {
     "defence_report": ({"a": "text"}, [1]),
     "begun": (1, {"step": -1, "seen": ([], [])}, {"step": 1, "seen": ([1.0], [])}, {"step": 1}),
     "row": ([],),
+    "sslguard": ([], {"key": 1}, {"key": torch.zeros(3)}),
 }
 
 

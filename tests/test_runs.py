@@ -319,8 +319,12 @@ def test_a_records_figures_count_an_image_once_whichever_accounts_asked():
         "a": {"queries": 5, "calls": 1, "images": digests[:32]},
         "b": {"queries": 2, "calls": 1, "images": digests[16:]},
     }
-    assert Record.of({"ledger": ledger}).figures() == {"queries": 7, "distinct": 3}
-    assert Record.of({}).figures() == {"queries": 0, "distinct": 0}
+    # An earlier version kept no perceptual hashes.
+    assert Record.of({"ledger": ledger}).figures() == {"queries": 7, "distinct": 3, "near_distinct": None}
+    near = torch.arange(6, dtype=torch.uint8)
+    ledger = {name: {**account, "near": near} for name, account in ledger.items()}
+    assert Record.of({"ledger": ledger}).figures() == {"queries": 7, "distinct": 3, "near_distinct": 2}
+    assert Record.of({}).figures() == {"queries": 0, "distinct": 0, "near_distinct": 0}
 
 
 def test_a_record_survives_a_checkpoint_and_reads_older_ones():
@@ -332,7 +336,7 @@ def test_a_record_survives_a_checkpoint_and_reads_older_ones():
         defence_report={"buckets_coverage": 1.5},
     )
     again = Record.of({**record.state_dict(), "epoch": 3})
-    assert again.figures() == {"queries": 2, "distinct": 1, "buckets_coverage": 1.5}
+    assert again.figures() == {"queries": 2, "distinct": 1, "near_distinct": None, "buckets_coverage": 1.5}
     assert torch.equal(again.query_indices, record.query_indices)
     assert Record.of({"met": {"poisoned": 4.0}}).defence_report == {"poisoned": 4.0}
     assert Record().state_dict() == {}

@@ -103,7 +103,7 @@ def test_a_supervised_victim_is_an_encoder_like_others(stolen):
 
 
 @pytest.mark.parametrize(
-    ("defence", "width"), [("truncate", 128), ("transform", 256), ("transform --transform pad-shuffle", 320)]
+    ("defence", "width"), [("truncate", 128), ("transform", 256), ("transform --transform quarter-pad-shuffle", 320)]
 )
 def test_the_head_is_as_wide_as_a_defended_answer(defence, width, stolen):
     _, copy, head = stolen("--defence", *defence.split())

@@ -9,6 +9,7 @@ import torch
 
 import simclr
 import stealsimsiam
+from attacks import defended
 from attacks.client import Client
 from attacks.records import Kept
 from data_aug.images import Views, open_pictures
@@ -48,7 +49,7 @@ class Sent(Victim):
 @pytest.fixture
 def sent(monkeypatch):
     monkeypatch.setattr(Sent, "seen", [])
-    monkeypatch.setattr(stealsimsiam, "Victim", Sent)
+    monkeypatch.setattr(defended, "Victim", Sent)
     monkeypatch.setattr(simclr, "Client", functools.partial(Client, batch_size=4))
     return Sent.seen
 

@@ -39,7 +39,7 @@ def ends_of(processes, work, *arguments, capfd):
     return codes, capfd.readouterr().err, time.monotonic() - started
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_what_one_process_cannot_go_on_from_ends_all_with_its_one_line(rank, capfd):
     codes, err, _ = ends_of(3, jobs.fail_in_one, rank, "user error", capfd=capfd)
     assert codes == [2, 2, 2]
