@@ -28,7 +28,7 @@ _PARTS: dict[str, Check] = {
     "defences": table(),
 }
 _ATTACK: dict[str, Check] = {"flags": _flags, "against": list_of(text()), "stream": text()}
-_ATTACK |= {"detect": _flags, "judge": _flags}
+_ATTACK |= {"detect": _flags, "judge": _flags, "victim": _flags}
 _DEFENCE: dict[str, Check] = {"flags": _flags, "vary": _flags, "values": list_of(number(), at_least=1)}
 
 
@@ -49,7 +49,8 @@ class Attacker:
     """An attack's flags, and the defences that it is run against (default: all).
 
     stream: what detect.py calls streams of this kind, as in task_repeat_nearest; empty if it has none. detect: further
-    flags of detect.py, so that the stream is this attack's. judge: further flags for judging its copies.
+    flags of detect.py, so that the stream is this attack's. judge: further flags for judging its copies. victim:
+    further flags of run.py, for an attack on another victim, such as an untrained one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Attacker:
     stream: str = ""
     detect: str = ""
     judge: str = ""
+    victim: str = ""
 
 
 class Experiment:

@@ -153,7 +153,11 @@ def run_all(experiment: Experiment, runner: Runner) -> list[dict]:
 
     def copied(attack: Attacker, point: Point, seed: int) -> dict:
         asked = (*shlex.split(f"{attack.flags} {point.flags}"), "--seed", str(seed))
-        copy = runner.checkpoint("steal.py", *experiment.words("steal"), *of_victim, *asked)
+        of = of_victim
+        if attack.victim:
+            words = (*experiment.words("victim"), *shlex.split(attack.victim))
+            of = ("--victim", runner.checkpoint("run.py", *words))
+        copy = runner.checkpoint("steal.py", *experiment.words("steal"), *of, *asked)
         judge = (*experiment.words("judge"), *shlex.split(attack.judge), "--modeltype", "stolen", "--stolen", copy)
         judged = runner.rows("linear_eval.py", *judge)[-1]
         return {"attack": attack, "point": point, "seed": seed, "copy": judged, "path": copy}

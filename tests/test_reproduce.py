@@ -394,6 +394,26 @@ def test_a_row_shows_the_figure_of_its_own_kind_of_stream_or_none(write):
     assert sorted("--repeat" in words for words in watched) == [False, True]
 
 
+def test_an_attack_may_have_another_victim(write):
+    """As the control that steals an untrained victim; the others keep theirs."""
+    attacks = {"mse": "--losstype mse", "untrained": {"flags": "--epochstrain 0", "victim": "--epochs 0"}}
+    stolen = {}
+
+    class Scripts:
+        pool = ThreadPoolExecutor(1)
+
+        def checkpoint(self, script, *words):
+            if script == "steal.py":
+                stolen["--epochstrain 0" in " ".join(words)] = words[words.index("--victim") + 1]
+            return f"{script} {' '.join(words)}"
+
+        def rows(self, script, *words):
+            return [{"top1_converged": 40, "queries": 24, "distinct": 12}]
+
+    run_all(Experiment(write(attacks=attacks, defences={"none": ""})), Scripts())
+    assert stolen == {False: f"run.py {TINY['victim']}", True: f"run.py {TINY['victim']} --epochs 0"}
+
+
 def test_figures_that_a_probe_does_not_give_are_left_out(tmp_path):
     """As with `judge: --probe knn`."""
     rows = [{**row(40, seed), "copy": {"knn": 30.0 + seed, "top1_converged": None}, "user": {}} for seed in range(3)]
