@@ -67,7 +67,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
 def build(command: Command, width: int, queried: Tensor) -> tuple[SimCLREncoder, SimSiamHeads | None]:
     """The untrained copy for answers of this width, and heads for a loss that compares their outputs."""
     copy, normalize = command[victims.Copy], command[victims.CopyInput].normalisation(queried)
-    with seeded(command.seed):
+    with seeded(command.seed, "copy"):
         if not command[Attack].asks:
             return build_copy(copy.archstolen, victims.PROJECTION, normalize, head=True), None
         model = build_copy(copy.archstolen, width, normalize, copy.stolenhead)

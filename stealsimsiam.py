@@ -92,7 +92,7 @@ def main() -> None:
     victim = defend(command, path, encoder.to(precision.device), precision, command.num_queries)
     choices = command[QueryChoice], command[PictureChoice]
     images, labels, record = choose_pictures(*choices, command.data, command.size, command.workers, machine.seed)
-    with seeded(machine.seed):
+    with seeded(machine.seed, "copy"):
         model = build_copy(f"{command.archstolen}-imagenet", victim.dim, IMAGENET, input_size=command.size)
         heads = SimSiamHeads(victim.dim, command.out_dim) if loss.predictor else None
     run = victims.open_copy(command, path, encoder, record, precision)

@@ -70,6 +70,6 @@ def open_api(command: Command, encoder: SimCLREncoder, path: Path) -> Api:
 def build_head_copy(command: Command, queried: Tensor) -> tuple[SimCLREncoder, SimSiamHeads | None]:
     """The untrained copy, and heads for a loss that compares their outputs."""
     normalize = command[CopyInput].normalisation(queried)
-    with seeded(command.seed):
+    with seeded(command.seed, "copy"):
         model = build_copy(command.archstolen, command.out_dim, normalize, head=True)
         return model, SimSiamHeads(command.out_dim, command.out_dim) if command.all(Loss)[0].predictor else None

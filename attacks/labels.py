@@ -72,6 +72,6 @@ def open_classifier(command: Command, victim: Path, encoder: SimCLREncoder) -> n
 
 def build_classifier_copy(command: Command, classes: int, queried: Tensor) -> SimCLREncoder:
     """The untrained copy, with a linear layer on top."""
-    with seeded(command.seed):
+    with seeded(command.seed, "copy"):
         normalize = command[CopyInput].normalisation(queried)
         return build_encoder(command.archstolen, classes, normalize, head="linear")

@@ -191,6 +191,23 @@ def test_an_untrained_victim_is_saved_and_stolen(call, tmp_path):
     assert read_checkpoint(copy)["ledger"]["default"]["queries"] == 40
 
 
+@pytest.mark.parametrize("script", ["steal", "stealhead"])
+def test_a_copy_does_not_begin_with_the_victims_initial_weights(script, call, tmp_path):
+    """Of the same architecture and seed as its victim."""
+    module = importlib.import_module(script)
+    assert call(run, *TRAIN, "--epochs", "0")[0] == 0
+    arches = ("--archvic", "resnet10w32") if script == "stealhead" else ("--arch", "resnet10w32")
+    heads = ("--epochshead", "1") if script == "stealhead" else ()
+    line = (*arches, "--archstolen", "resnet10w32", "--datasetsteal", "svhn", "--epochstrain", "0", *heads)
+    code, out, err = call(module, *line, "--epochs", "0", "-b", "16", "--losstype", "mse", *QUERIES, "--device", "cpu")
+    assert code == 0, err
+    victim, copy = (
+        read_checkpoint(path)["state_dict"]["backbone.conv1.weight"]
+        for path in (next(tmp_path.rglob("victim-*/checkpoint.pth.tar")), made(out))
+    )
+    assert not torch.allclose(victim, copy, atol=0.01)
+
+
 def test_a_checkpoint_of_2022_is_stolen_from(call, tmp_path):
     encoder = build_encoder("resnet10w32", out_dim=128)
     path = tmp_path / "cifar10_checkpoint_200_infonce.pth.tar"
