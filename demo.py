@@ -31,9 +31,7 @@ JUDGE = f"--dataset-test shapes --arch {ARCH} --num-labeled 1000 --num-test 1000
 TRAIN = f"--dataset shapes --arch {ARCH} --num-train 4000 --epochs 16 --flat-epochs 1 --batch-size 128 --lr 0.002"
 COPY = f"--datasetsteal shapes --num_queries {QUERIES} --epochs 3"
 STEAL = f"--dataset shapes --archstolen {ARCH} {COPY} --flat-epochs 1 --batch-size 32 --lr 0.002"
-REASON = """\
-its training was stopped early, and its BatchNorm has the statistics of strong random views, where the copies' has those
-of plain images, on which all are judged."""
+REASON = "its training was stopped early, and copies learn from its answers to plain images, on which all are judged."
 KINDS = {"victim": "--modeltype victim --dataset shapes", "random encoder": "--modeltype random"}
 
 

@@ -52,6 +52,7 @@ class Setting:
     optional_value: bool = False
     argument: str | None = None
     title: str | None = None
+    earlier: Any = None
 
     def check(self, value: Any) -> None:
         """UserError for a value that is out of the setting's range or not one of its choices."""
@@ -109,6 +110,7 @@ def setting(default: Any, text: str, **declared: Any) -> Any:
     several: it takes one or more values. optional_value: True where nothing follows the flag.
     argument: the keyword argument of a loss that it is for, where that has another name.
     title: the group of `--help` that it is shown in (default: its owner's).
+    earlier: what runs had that were made before it was a setting (default: its default).
     """
     return dataclasses.field(default=default, metadata={"setting": Setting(default, text, **declared)})
 

@@ -52,7 +52,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
     command.use_all(Data, victims.VictimChoice, Machine, Threads, Protocol, Processes)
     preset = ATTACKS[command.attack]
     command.use(victims.Copy, preset)
-    command.use(victims.CopyInput, {"copy_normalize": "none"} if command.recipe == "released" else {})
+    command.use(victims.CopyInput, preset, {"copy_normalize": "none"} if command.recipe == "released" else {})
     loss = command.use(loss_of(command.attack, command.use(LossChoice, preset).losstype), preset)
     command.use(Recipe, preset, loss.presets, seed=command.seed, recipe=command.recipe)
     command.use(Heads)

@@ -28,8 +28,10 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
     # Sha et al., CVPR 2023, the baseline: match the answers by their squared error.
     "conventional": {
         "losstype": "mse",
+        "batch_size": 32,
         "lr": 3e-4,
         "weight_decay": 0.0,
+        "copy_normalize": "none",
         "schedule": "constant",
         "archstolen": "resnet18",
     },
@@ -39,6 +41,7 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
         "queryaug": True,
         "query_views": "contsteal",
         "schedule": "constant",
+        "copy_normalize": "none",
         "archstolen": "resnet18",
     },
     # Liu et al., CCS 2022: one query per image; the copy's features of it and of its augmentations match the answer.
@@ -47,6 +50,8 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
         "useaug": True,
         "views": "stolenencoder",
         "copy_views": 9,
+        "schedule": "constant",
+        "copy_normalize": "none",
         "archstolen": "resnet34",
     },
     # Wu et al., ECCV 2024: five views of an image have to match the mean answer to ten views of it.

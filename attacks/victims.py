@@ -97,7 +97,8 @@ class CopyInput(Settings):
         "queries",
         "by what the copy normalises images: the channel statistics of the images queried, or nothing",
         choices=("queries", "none"),
-        otherwise="queries; with --recipe released none",
+        otherwise="the attack's, else queries; with --recipe released none",
+        earlier="as the victim",
     )
     title = "copy"
 

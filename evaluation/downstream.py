@@ -150,7 +150,9 @@ def judge_encoder(
         state |= {key: value for key, value in weights.items() if not key.startswith("fc.")}
     if others:
         spaces = {name: represent_both(other, train, test, precision) for name, (_, other) in others.items()}
-        head = encoder.backbone.fc if encoder.has_head else None
+        # A head of another width maps to no victim: that of an encoder of the attacker's own.
+        to_victim = encoder.has_head and encoder.out_dim == others["victim"][1].dim
+        head = encoder.backbone.fc if to_victim else None
         untrained = untrained_like(others["victim"][1], seed)
         random = None if untrained is None else represent(untrained.to(precision.device), test[0], precision)
         scores |= compare({"copy": space, **spaces}, seed, head, random)

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 import linear_eval
 import run
 import runs
+import steal
 from attacks.victims import VictimChoice
 from settings import Parser
 from tests.conftest import call_main
+from tests.networks import FP32
 from training import finding
 from training.finding import check_finished, home_of, locate
 from training.record import Record
-from training.run import run_name
+from training.run import open_run, run_name
 from utils import UserError
 
 
@@ -137,6 +139,26 @@ TINY = [
     "--workers",
     "1",
 ]
+
+
+def test_a_run_that_does_not_name_a_setting_had_what_earlier_versions_had(tmp_path):
+    """Their schedule was the cosine, a copy normalised as its victim; settings without that word had their defaults."""
+
+    def differences(module, line, *unnamed):
+        command = module.parse([*line, "--checkpoint-dir", str(tmp_path)])
+        opened = open_run(command, tmp_path, FP32, victim="v")
+        stored = {name: value for name, value in opened.config["settings"].items() if name not in unnamed}
+        return opened.differences({"settings": stored})
+
+    new = ("schedule", "copy_normalize", "views", "query_views")
+    assert differences(run, [], *new) == {}
+    assert differences(run, ["--schedule", "constant"], *new) == {"schedule": "cosine"}
+    assert differences(steal, [], *new) == {"copy_normalize": "as the victim"}
+    found = differences(steal, ["--attack", "cont-steal"], *new)
+    assert found == {"schedule": "cosine", "copy_normalize": "as the victim", "query_views": "simclr"}
+    found = differences(steal, ["--attack", "stolenencoder"], *new)
+    assert found == {"schedule": "cosine", "copy_normalize": "as the victim", "views": "simclr"}
+    assert differences(steal, ["--attack", "rda"]) == {}
 
 
 def test_a_run_is_resumed_with_its_settings_only(tmp_path, capsys):

@@ -198,7 +198,7 @@ def test_presets_apply_only_where_nothing_was_given(module, losses):
 
 def test_an_attacks_values_come_before_the_losss_and_after_what_was_given():
     recipe = parse(steal, "--attack conventional")[Recipe]
-    assert (recipe.lr, recipe.weight_decay, recipe.batch_size) == (3e-4, 0.0, 64)
+    assert (recipe.lr, recipe.weight_decay, recipe.batch_size) == (3e-4, 0.0, 32)
     assert parse(steal, "--attack conventional --lr 0.1 --wd 0.5")[Recipe].weight_decay == 0.5
     assert parse(steal, "--attack rda --wd 0.5")[Recipe].weight_decay == 0.5
 

@@ -18,7 +18,7 @@ from data_aug.datasets import canonical_name
 from files.reading import checked, number, read_lines, read_yaml, table, text
 from files.writing import add_line, atomic_path, lock, naming, put_line
 from jobs.ending import show
-from settings import Command
+from settings import Command, Setting
 from training.record import Record
 from utils import Precision, UserError, first_process, provenance
 
@@ -69,6 +69,7 @@ class Run:
         self.checkpoint, self.metrics = folder / CHECKPOINT, folder / "metrics.jsonl"
         self.record = Record()
         self.decisive: Collection[str] = ()  # the settings that decide the result
+        self.earlier: dict[str, Any] = {}  # the values of those that a run of an earlier version does not name
         self._events = events / folder.name if events else folder
         self._writer = None
         self._lock: int | None = None
@@ -82,7 +83,8 @@ class Run:
 
     def differences(self, stored: Mapping) -> dict[str, Any]:
         """The decisive settings that have another value in a stored config or checkpoint, with that value."""
-        before, now = stored.get("settings") or {}, self.config.get("settings", {})
+        now = self.config.get("settings", {})
+        before = {**self.earlier, **stored["settings"]} if stored.get("settings") else {}
         return {name: before[name] for name in self.decisive if name in before and plain(before[name]) != now[name]}
 
     def start(self, from_epoch: int = 0) -> None:
@@ -218,6 +220,8 @@ def open_run(command: Command, parent: Path, precision: Precision, **more: Any) 
     if events and events.exists() and not events.is_dir():
         raise UserError(f"--logdir {events} is a file: give a folder")
     run.decisive = {name for name in settings if _decides(command, name)}
+    flags = command.parser.settings
+    run.earlier = {name: _earlier(flags[name]) for name in settings if name in flags}
     if command.resume is True and not folder.exists():
         print(f"--resume: nothing is in {relative(folder)}, so it begins anew")
     for name, value in run.differences(before).items():
@@ -230,6 +234,10 @@ def _decides(command: Command, name: str) -> bool:
     """Whether a setting decides the result: flags that say so, what all runs of a script have, and weights judged."""
     declared = command.parser.settings.get(name)
     return declared.named if declared else name in command.parser.fixed or name == "weights"
+
+
+def _earlier(declared: Setting) -> Any:
+    return declared.default if declared.earlier is None else declared.earlier
 
 
 def run_name(command: Command) -> str:
