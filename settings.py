@@ -71,9 +71,8 @@ class Setting:
     @property
     def range(self) -> str:
         """What a value out of range is not, in words."""
-        words = [
-            f"{word} {getattr(self, name):g}" for name, (word, _) in _LIMITS.items() if getattr(self, name) is not None
-        ]
+        limits = {word: getattr(self, name) for name, (word, _) in _LIMITS.items()}
+        words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
         number = "a whole number" if self.kind is int else "a number" if words else "a finite number"
         return f"not {number} {' and '.join(words)}".rstrip()
 
@@ -109,8 +108,7 @@ def setting(default: Any, text: str, **declared: Any) -> Any:
     otherwise: what help says of the default where it depends on other settings.
     several: it takes one or more values. optional_value: True where nothing follows the flag.
     argument: the keyword argument of a loss that it is for, where that has another name.
-    title: the group of `--help` that it is shown in (default: its owner's).
-    earlier: what runs had that were made before it was a setting (default: its default).
+    title: its group in `--help` (default: its owner's). earlier: what runs had before it was a setting.
     """
     return dataclasses.field(default=default, metadata={"setting": Setting(default, text, **declared)})
 

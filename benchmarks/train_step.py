@@ -1,6 +1,6 @@
 """The project's training step against the classic way: images per second, and the ratio.
 
-python -m benchmarks.train_step [--archs resnet18 resnet34] [--batch-size 256] [--steps 2] [--rounds 3]
+python -m benchmarks.train_step [--archs resnet18 resnet34] [--batch-size 256] [--steps 2] [--rounds 3] [--compile]
 
 Classic: PIL transforms image by image in 2 worker processes, float32, NCHW, Adam. Ours: `SimCLR.train`, with the
 precision that --precision auto selects on this machine. Both train on two views of the same images.
@@ -72,9 +72,12 @@ def classic_training(arch: str, images: Tensor, batch_size: int, device: torch.d
     return epoch
 
 
-def our_training(arch: str, images: Tensor, batch_size: int, precision: Precision, folder: Path) -> Callable[[], None]:
+def our_training(
+    arch: str, images: Tensor, batch_size: int, precision: Precision, folder: Path, compiled: bool = False
+) -> Callable[[], None]:
     """A function that trains another epoch with the project's trainer."""
-    recipe = Recipe(epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4)
+    how = "on" if compiled else "off"
+    recipe = Recipe(epochs=1, batch_size=batch_size, lr=3e-4, weight_decay=1e-4, compile=how)
     trainer = SimCLR(build_encoder(arch, out_dim=128), TRAIN_LOSSES["infonce"], recipe, Run(folder, precision))
 
     def epoch() -> None:
@@ -89,24 +92,27 @@ class TrainStep(Settings):
     archs: tuple[str, ...] = setting(("resnet18", "resnet34"), "architectures", read=arch_name, several=True)
     batch_size: int = setting(256, "images per batch", at_least=1)
     steps: int = setting(50 if torch.cuda.is_available() else 2, "steps per timing", at_least=1)
-    rounds: int = setting(3, "timings of both ways", at_least=1)
+    rounds: int = setting(3, "timings of each way", at_least=1)
+    compile: bool = setting(False, "time the compiled network too")
 
 
 def main() -> None:
     args = Parser(__doc__, [TrainStep]).parse().use(TrainStep)
     images = load_dataset("shapes")[0][: args.batch_size * args.steps]
     precision = set_up(f"batch {args.batch_size}")
-    print("| network | classic, images/s | ours, images/s | ratio |\n|---|---|---|---|")
+    ours = ["ours", *(["compiled"] if args.compile else [])]
+    print(f"| network | classic, images/s |{''.join(f' {name}, images/s | ratio |' for name in ours)}")
+    print("|---" * (2 + 2 * len(ours)) + "|")
     for arch in args.archs:
         with tempfile.TemporaryDirectory() as folder:
-            seconds = alternate(
-                args.rounds,
-                classic=classic_training(arch, images, args.batch_size, precision.device),
-                ours=our_training(arch, images, args.batch_size, precision, Path(folder) / arch),
-            )
+            ways = {"classic": classic_training(arch, images, args.batch_size, precision.device)}
+            for name in ours:
+                place = Path(folder) / name
+                ways[name] = our_training(arch, images, args.batch_size, precision, place, name == "compiled")
+            seconds = alternate(args.rounds, **ways)
         speed = {name: len(images) / value for name, value in seconds.items()}
-        ratio = speed["ours"] / speed["classic"]
-        print(f"| {arch} | {speed['classic']:.1f} | {speed['ours']:.1f} | {ratio:.2f} |", flush=True)
+        cells = [f" {speed[name]:.1f} | {speed[name] / speed['classic']:.2f} |" for name in ours]
+        print(f"| {arch} | {speed['classic']:.1f} |{''.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ SGD, SYMMETRIZED = ("--optimizer", "sgd"), ("--losstype", "symmetrized", "-b", "
 
 # What leaves the result as it is: seen in the tests of resumption and of Run, in the last one here, and in every test.
 ELSEWHERE = {"help", "data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
-ELSEWHERE |= {"log_every_n_steps", "fp16_precision", "print_freq", "evaluate"}
+ELSEWHERE |= {"log_every_n_steps", "fp16_precision", "print_freq", "evaluate", "compile"}
 # Several processes: seen in test_stopping.py and test_distributed.py.
 ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"}
 
@@ -308,9 +308,9 @@ EFFECTS = {
         },
     ),
 }
-# Settings of defences act in the black box, those of training in the one loop, the same for all scripts: steal.py,
-# legitimate.py and run.py stand for them.
-ELSEWHERE_TOO = {(module, name) for module in (stealhead, stealsimsiam) for name in DEFENDED}
+# Settings of defences act in the black box, those of training in the one loop, the same for all scripts: steal.py and
+# run.py stand for them.
+ELSEWHERE_TOO = {(module, name) for module in (stealhead, stealsimsiam, legitimate) for name in DEFENDED}
 OF_TRAINING = (*OPTIMISER, "momentum", "precision")
 ELSEWHERE_TOO |= {(module, name) for module in (stealhead, steallabels) for name in OF_TRAINING}
 ELSEWHERE_TOO |= {(module, name) for module in (stealsimsiam, linsimsiam) for name in ("schedule", "flat_epochs")}

@@ -17,6 +17,7 @@ from jobs.ending import Stopped, deferred, received
 from jobs.exchange import any_of, barrier, parallel, processes, whole_batch
 from models import read_checkpoint
 from models.checkpoint import load_checked
+from training.compiling import compiled, compiles
 from training.lars import LARS
 from training.monitor import Watch
 from training.objective import Loss
@@ -37,7 +38,8 @@ class Loop:
     `companion` is trained with the model, and saved in its checkpoint under `companion.checkpoint_key`: a copy's heads
     for SimSiam's loss, or a victim's watermark. A resumed run continues after its last finished epoch, or from the step
     at which a signal stopped it, with the draws that the uninterrupted run would have made. With several processes a
-    batch is shared among them, and the weights are those of a single process up to rounding.
+    batch is shared among them, and the weights are those of a single process up to rounding, where they can share an
+    epoch's last batch too.
     """
 
     def __init__(
@@ -58,10 +60,13 @@ class Loop:
         self.first_epoch = 0
         self.target_spread = math.inf  # of the targets that the features have to match, if any
         self.resumed: dict = {}
+        self.kept: dict = {}  # further entries of each checkpoint
         source = run.resume if isinstance(run.resume, Path) else run.checkpoint
         if isinstance(run.resume, Path) or (run.resume and source.exists()):
             self._load(read_checkpoint(source), str(source))
         self._call = None
+        self._steps = 0  # of the whole run
+        self._networks: dict[Callable, Callable] = {}  # those of the model, compiled or as they are
         self._clock: tuple[float, int] | None = None  # when this process began to train, and at which step
 
     def fit(
@@ -82,6 +87,7 @@ class Loop:
             with deferred():
                 for epoch in range(self.first_epoch, self.recipe.epochs):
                     index = index_of_epoch(self.recipe, epoch, count, shuffle, drop_last)
+                    self._steps = len(index) * self.recipe.epochs
                     self._epoch(epoch, index, period or len(index), *prepare(epoch))
                 if self.recipe.epochs == 0:
                     self._save(0)
@@ -136,9 +142,22 @@ class Loop:
         """
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=self.precision.memory_format)
+            network = self._fast(network, inputs)
         with self.precision.autocast():
             local = self._call(network, inputs)
         return whole_batch(local.float(), views)
+
+    def _fast(self, network: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """A method of the model, compiled where the run is long enough; other functions as they are."""
+        if getattr(network, "__self__", None) is not self.model:
+            return network
+        if network not in self._networks:
+            images = len(inputs) * self._steps
+            worth = compiles(self.recipe, self.precision, images)
+            if worth:
+                self.run.say(f"compiling {network.__name__} for {images:,} images; the first step waits for it")
+            self._networks[network] = compiled(network, inputs) if worth else network
+        return self._networks[network]
 
     def start(self) -> bool:
         """Open the run's folder; False when a resumed run is finished already."""
@@ -225,6 +244,7 @@ class Loop:
             "input_size": getattr(self.model, "input_size", None),
             **{name: self.run.config[name] for name in ("kind", "settings") if name in self.run.config},
             **self.run.record.state_dict(),
+            **self.kept,
             **(more or {}),
         }
         if self.companion:

@@ -54,6 +54,12 @@ class Recipe(Settings):
         at_least=0,
         acts=lambda command: "with --schedule constant" if command.schedule == "constant" else None,
     )
+    compile: str = setting(
+        "auto",
+        "compile the network (torch.compile); auto: in long runs on a CPU with bf16",
+        choices=("auto", "on", "off"),
+        named=False,
+    )
     log_every_n_steps: int = setting(200, "steps between tensorboard's points of the loss", at_least=1, named=False)
     print_freq: int | None = setting(
         None, "steps between printed lines (default: none)", at_least=1, flags=("-p", "--print-freq"), named=False
