@@ -74,8 +74,10 @@ def main() -> None:
     images, labels = load_labelled(streams.dataset, command.data, "test")
     asked = images, labels, load_others(streams, command.data)
     *parts, parting = part_images(labels, streams.stream_length, streams.user_classes, machine.seed)
-    owner = trained.get("dataset") or streams.dataset
+    owner = trained.get("dataset")
     try:
+        if not owner:
+            raise UserError(f"{path} does not say what it was trained on")
         classify, said = owner_classifier(streams, owner, encoder, precision, command.data, machine.seed)
     except UserError as error:
         classify, said = None, f"without PRADA, which needs labelled images of the owner's: {error}"

@@ -34,10 +34,11 @@ class BudgetExceeded(UserError):
 # ---- queries ---------------------------------------------------------------------------------------------------------
 
 
-def _identify(images: Tensor, gather: Gather) -> tuple[list[bytes], list[bytes]]:
-    """The digests and the perceptual hashes of the images of a call, gathered from all processes."""
-    both = gather(torch.cat([digest_tensor(images), perceptual_hashes(images)], dim=1))
-    return unpack_digests(both[:, :-HASH_BYTES]), unpack_digests(both[:, -HASH_BYTES:], HASH_BYTES)
+def _identify(images: Tensor, secret: int, gather: Gather) -> list[list[bytes]]:
+    """Digests, perceptual hashes and such hashes by the secret of a call's images, gathered from all processes."""
+    hashes = perceptual_hashes(images), perceptual_hashes(images, secret)
+    parts = gather(torch.cat([digest_tensor(images), *hashes], dim=1)).split([16, HASH_BYTES, HASH_BYTES], dim=1)
+    return [unpack_digests(part, part.shape[1]) for part in parts]
 
 
 def check_query(images: Tensor) -> None:
@@ -238,6 +239,7 @@ class Victim:
         self._api.to(self._precision.device, memory_format=self._precision.memory_format)
         self.budget = budget
         self.defences = list(defences)
+        self._secret = self.defences[0].secret if self.defences else 0
         self.ledger = Ledger()
         self.dim = api.dim
         for defence in self.defences:
@@ -260,19 +262,18 @@ class Victim:
         """Answers (B, dim), float32 on the victim's device, to images (B, 3, H, W), uint8 or float in [0, 1].
 
         BudgetExceeded when the budget does not cover all of them, ValueError for other tensors or numbers; then none is
-        answered or recorded. In a job of
-        several processes each of them asks about its share of a call's images, and `gather` brings the rows of all
-        shares together: every process gets all answers, and the ledgers agree.
+        answered or recorded. In a job of several processes each of them asks about its share of a call's images, and
+        `gather` brings the rows of all shares together: every process gets all answers, and the ledgers agree.
         """
         check_query(images)
         gather = gather or (lambda rows: rows)
-        digests, hashes = _identify(images, gather)
+        digests, hashes, keys = _identify(images, self._secret, gather)
         asked = self.ledger.queries
         if self.budget is not None and asked + len(digests) > self.budget:
             raise BudgetExceeded(
                 f"a query of {len(digests)} images would exceed the budget of {self.budget}: {asked} are spent"
             )
-        answers = self._answer(images, digests, hashes, account, gather)
+        answers = self._answer(images, digests, keys, account, gather)
         self.ledger.record(digests, account, hashes)
         return answers
 
@@ -291,7 +292,8 @@ class Victim:
         asked = unpack_digests(digests)
         hashes = [] if images is None else unpack_digests(perceptual_hashes(images), HASH_BYTES)
         if self.stateful:
-            self._answer(images, asked, hashes, account, lambda rows: rows)
+            keys = unpack_digests(perceptual_hashes(images, self._secret), HASH_BYTES)
+            self._answer(images, asked, keys, account, lambda rows: rows)
         self.ledger.record(asked, account, hashes)
 
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:
@@ -306,7 +308,7 @@ class Victim:
 
     @torch.no_grad()
     def _answer(
-        self, images: Tensor, digests: Sequence[bytes], hashes: Sequence[bytes], account: str, gather: Gather
+        self, images: Tensor, digests: Sequence[bytes], keys: Sequence[bytes], account: str, gather: Gather
     ) -> Tensor:
         h = gather(self._represent(images))
         with self._precision.autocast():
@@ -316,7 +318,7 @@ class Victim:
         if not len(h):
             return answers.new_empty(0, self.dim)
         first = self.ledger.accounts.get(account, Account()).queries
-        call = Call(digests, h.float(), self._project, account, first, hashes)
+        call = Call(digests, h.float(), self._project, account, first, keys)
         for defence in self.defences:
             answers = defence(answers, call)
         return answers.clone()  # a view would carry the numbers that a defence left out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attacks import Attack
 from data_aug.augment import random_views
-from data_aug.datasets import DATASET_NAMES, SIZE, canonical_name, check_name, load_queries, unlabelled_split
+from data_aug.datasets import DATASET_NAMES, SIZE, check_name, load_queries, same_source, unlabelled_split
 from data_aug.images import VIEWS, Stored, Streamed, Views, open_pictures
 from data_aug.recipes import VIEW_RECIPES
 from settings import Command, Settings, setting
@@ -19,7 +19,7 @@ from utils import UserError, generator
 
 def _on_another_data_set(command: Command) -> str | None:
     # Which data set the victim is of may only be known when its file has been read.
-    if "dataset" not in command.settled or canonical_name(command.dataset) == command.datasetsteal:
+    if "dataset" not in command.settled or same_source(command.dataset, command.datasetsteal):
         return None
     return f"on another data set than {command.dataset}"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attacks import OWN, Attack
 from attacks.queries import QueryChoice, choose_queries
-from data_aug.datasets import DATASET_NAMES, channel_statistics, check_name, source_size
+from data_aug.datasets import DATASET_NAMES, channel_statistics, check_name, same_source, source_size
 from data_aug.images import Stored
 from loss import TRAIN_LOSSES
 from models import ARCHITECTURES, LARGE, USUAL, SimCLREncoder, arch_name, read_checkpoint
@@ -145,6 +145,7 @@ def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Re
     """The run of an attack, below its victim's run; prints what is stolen and how."""
     run = open_run(command, home_of(victim, command.checkpoint_dir), precision, victim=str(victim))
     record.stolen_from = version_of(encoder) if command.attack != OWN else None
+    record.drawn_for = "copy"
     run.record = record
     queried, split = record.query_set, record.query_set["split"]
     print(f"copy: {command.archstolen}, {queried['images']} images of {queried['dataset']} ({split}), {precision}")
@@ -189,6 +190,7 @@ def say_judge(command: Command, copy: Path) -> None:
 
 def say_steal(command: Command, victim: Path, encoder: SimCLREncoder, dataset: str, *words: str) -> None:
     """As `say_next`: steal this victim with queries from another data set than its training data."""
-    queries = ("--datasetsteal", "textures" if dataset == "shapes" else "svhn")
+    another = "textures" if dataset == "shapes" else "cifar10" if same_source(dataset, "svhn") else "svhn"
+    queries = ("--datasetsteal", another)
     copy = ("--archstolen", encoder.arch) if encoder.arch in ARCHITECTURES else ()
     say_next(command, "steal.py", "--victim", victim, *copy, *queries, "--losstype", "mse", *words)

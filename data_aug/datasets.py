@@ -141,6 +141,21 @@ def canonical_name(name: str, root: Path | None = None) -> str:
     return name
 
 
+def same_source(name: str, other: str, root: Path | None = None) -> bool:
+    """Whether two data sets have images in common: the same data, as `canonical_name` spells it, or drawn from it."""
+    drawn = {name: data.source for name, data in DATASETS.items() if isinstance(data, _Redrawn)}
+    return canonical_name(drawn.get(name, name), root) == canonical_name(drawn.get(other, other), root)
+
+
+def check_apart(name: str, victim_dataset: str, root: Path | None = None) -> None:
+    """UserError for a data set whose splits share images with the other splits of the victim's."""
+    if same_source(name, victim_dataset, root) and canonical_name(name, root) != canonical_name(victim_dataset, root):
+        raise UserError(
+            f"{name} has images of both splits of {victim_dataset}, on which the victim was trained: "
+            f"take {victim_dataset} instead"
+        )
+
+
 def unlabelled_split(name: str) -> str:
     """The split that encoders are trained on: `train`, but for STL-10 its 100,000 unlabelled images."""
     return "unlabeled" if name == "stl10" else "train"
@@ -222,11 +237,13 @@ def load_queries(
     """An attacker's images, uint8 (N, 3, H, W), their labels (N,) and their split.
 
     Of the victim's data set the attacker has the test split without its last `held_out` images, which are left for
-    the evaluation; of another data set, or with `force`, the split that encoders are trained on.
+    the evaluation; of another data set, or with `force`, the split that encoders are trained on. UserError as by
+    `check_apart`.
     """
-    if force or canonical_name(check_name(name), Path(root)) != canonical_name(victim_dataset, Path(root)):
+    if force or not same_source(check_name(name), victim_dataset, Path(root)):
         split = unlabelled_split(name)
         return *load_dataset(name, root, split, size), split
+    check_apart(name, victim_dataset, Path(root))
     images, labels = load_dataset(name, root, "test", size)
     kept = held_out(len(images))
     if kept == len(images):

@@ -20,8 +20,8 @@ class Call:
     """A call of an account as the owner sees it.
 
     digests: those of its B images. representations: the encoder's true h (B, D). project: maps h to projections z.
-    first: number of queries that the account made before this call. hashes: the images' `perceptual_hashes`, which
-    near-copies of an image mostly share.
+    first: number of queries that the account made before this call. hashes: the images' `perceptual_hashes` by
+    the first defence's secret, which near-copies of an image mostly share.
     """
 
     digests: Sequence[bytes]

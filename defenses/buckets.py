@@ -11,6 +11,7 @@ from defenses.base import Call, Defence, setting
 from utils import UserError, derive_seed, generator
 
 LARGEST = 1e6  # standard deviation: far beyond beta the formula overflows
+FAR = 10.0  # times alpha, from which an even sigma is said to be too much
 PER_CELL = 4  # images of the owner for each k-means cell
 MEAN_OF = 10_000  # images of the owner whose mean representation hyperplanes go through
 
@@ -198,11 +199,14 @@ class Buckets(Defence):
     def outlook(self, queries: int) -> str:
         even, sigma = self._even(queries)
         needed = queries_for(self.bucket_beta, self.count)
+        too_much = (
+            ", far above alpha: answers may drown in it; raise --bucket-beta" if sigma > FAR * self.bucket_alpha else ""
+        )
         takes = f"takes {math.ceil(needed):,} queries" if math.isfinite(needed) else "is never reached on average"
         return (
             f"buckets: an account with {queries:,} queries occupies {even:.1f} % of {self.count:,} buckets if all are "
             f"equally likely, less otherwise: sigma {sigma:.3g} at most (alpha {self.bucket_alpha:g} at "
-            f"{self.bucket_beta:g} % {takes})"
+            f"{self.bucket_beta:g} % {takes}){too_much}"
         )
 
     def report(self, sources: Mapping[str, Tensor]) -> dict[str, float]:

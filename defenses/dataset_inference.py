@@ -38,9 +38,9 @@ CIFAR10, IMAGENET = Mixture(), Mixture("diag", 50, standardise=True)
 
 
 def published_mixture(dataset: str) -> Mixture:
-    """The authors' mixture for a data set's name; a folder or file is ImageNet if its name begins with `imagenet`."""
-    name = Path(dataset.partition(":")[2] or dataset).name.lower()
-    return IMAGENET if name.startswith("imagenet") else CIFAR10
+    """The authors' mixture for a data set's name; ImageNet where any part of a path begins with `imagenet`."""
+    parts = Path(dataset.partition(":")[2] or dataset).parts
+    return IMAGENET if any(part.lower().startswith("imagenet") for part in parts) else CIFAR10
 
 
 def halves(count: int, number: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,12 @@ def _of_a_class(rows: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def prada(images: Tensor, classes: Tensor) -> float:
-    """1 - the lowest W of a stream of images (N, 3, H, W), uint8; 0 for too few. Above 1 - delta it is flagged."""
+def prada(images: Tensor, classes: Tensor) -> float | None:
+    """1 - the lowest W of a stream of images (N, 3, H, W), uint8. Above 1 - delta it is flagged.
+
+    None for ENOUGH distances or fewer, of which PRADA says nothing.
+    """
     distances = growing_set_distances(images.flatten(1).float() / 255, classes)
-    return 1 - min((shapiro_w(distances[:end]) for end in range(ENOUGH + 1, len(distances) + 1)), default=1.0)
+    if len(distances) <= ENOUGH:
+        return None
+    return 1 - min(shapiro_w(distances[:end]) for end in range(ENOUGH + 1, len(distances) + 1))

@@ -16,6 +16,8 @@ from models import SimCLREncoder
 from models.checkpoint import load_checked
 from utils import Precision, UserError, generator
 
+EARLIER_KEY = "mlp_state_dict"  # of the MLP in checkpoints of the 2022 code
+
 
 class WatermarkMLP(nn.Module):
     """Representations (B, dim) -> logits (B, 2) for the two half turns, by Linear 256, ReLU, Linear 128, ReLU, Linear.
@@ -53,7 +55,7 @@ def read_watermark(checkpoint: Mapping, source: str) -> WatermarkMLP:
 
     Older files of the 2022 code call it `mlp_state_dict`.
     """
-    state = checkpoint.get(WatermarkMLP.checkpoint_key, checkpoint.get("mlp_state_dict"))
+    state = checkpoint.get(WatermarkMLP.checkpoint_key, checkpoint.get(EARLIER_KEY))
     if state is None:
         raise UserError(f"{source} holds no watermark MLP: train a victim with run.py --watermark True")
     if "input.weight" not in state:

@@ -102,7 +102,8 @@ class OwnershipTest(Settings):
 class Candidate:
     """An encoder under test. `kind`: victim, suspect, independent or untrained; the tests fill in the rest.
 
-    found: whether it was found to be stolen, None where the method cannot decide.
+    found: whether it was found to be stolen, None where the method cannot decide. doubt: why the method cannot decide
+    on this encoder, in words; empty where it can.
     """
 
     kind: str
@@ -113,6 +114,7 @@ class Candidate:
     figures: Figures | None = None
     found: bool | None = None
     verdict: str = ""
+    doubt: str = ""
 
     @property
     def settings(self) -> dict:
@@ -129,10 +131,11 @@ def open_candidates(victim: Path, suspects: Sequence[Path], independents: Sequen
             if kind != "suspect":  # a thief may have stopped early
                 finding.check_finished(checkpoint, path)
             candidates.append(Candidate(kind, path, checkpoint, victims.encoder_of(checkpoint, path)))
-    stolen_from = version_of(candidates[0].encoder)
+    # SSLGuard's watermark is put into a trained encoder, which the run names: that is the owner's too.
+    owned = {version_of(candidates[0].encoder), str(candidates[0].settings.get("weights"))}
     for candidate in candidates:
-        versions = version_of(candidate.encoder), candidate.checkpoint.get("stolen_from")
-        if candidate.kind == "independent" and stolen_from in versions:
+        versions = {version_of(candidate.encoder), candidate.checkpoint.get("stolen_from")}
+        if candidate.kind == "independent" and owned & versions:
             raise UserError(f"{candidate.path} is the victim or a copy of it: leave it out of --independent")
     return candidates
 
@@ -199,7 +202,10 @@ def represent_by(candidate: Candidate, images: Tensor, precision: Precision) -> 
 
 
 def split_probes(test: OwnershipTest, images: Tensor, candidates: Sequence[Candidate], seed: int) -> tuple:
-    """Images to fit an alignment to, and those to judge by; without --align none, and all."""
+    """Images to fit an alignment to, and those to judge by; without --align none, and all.
+
+    Where the former are too few to determine a turn, nothing is decided on any encoder but the victim and the control.
+    """
     if not test.align:
         return images[:0], images
     if len(images) < 4:
@@ -207,5 +213,8 @@ def split_probes(test: OwnershipTest, images: Tensor, candidates: Sequence[Candi
     half, widest = len(images) // 2, max(candidate.encoder.dim for candidate in candidates)
     if half < widest:
         print(f"note: {half} images do not determine a turn of {widest} dimensions: --align needs {2 * widest} or more")
+        for candidate in candidates:
+            if candidate.kind in ("suspect", "independent"):
+                candidate.doubt = candidate.doubt or f"{half} images do not determine a turn of {widest} dimensions"
     order = torch.randperm(len(images), generator=generator(seed, "alignment"))
     return images[order[:half]], images[order[half:]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data_aug.datasets import DATASET_NAMES, canonical_name, check_name, load_labelled, take_balanced
+from data_aug.datasets import DATASET_NAMES, canonical_name, check_apart, check_name, load_labelled, take_balanced
 from data_aug.images import Stored
 from evaluation.encoders import independent_of, victim_of
 from evaluation.fidelity import compare, untrained_like
@@ -92,10 +92,11 @@ def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labe
     """Labelled training and test images, and how many of the latter were left out, because the copy queried them.
 
     A copy whose file does not say what it queried is tested on the images that the 2022 code never queries, unless
-    --dataset says that its victim is of another data set.
+    --dataset says that its victim is of another data set. UserError as by `check_apart`.
     """
     chosen: Downstream = command[Downstream]
     name = chosen.dataset_test
+    check_apart(name, str(checkpoint.get("settings", {}).get("dataset", name)), root)
     images, labels = load_labelled(name, root, "train")
     if command.recipe == "released":
         images, labels = images[: chosen.num_labeled], labels[: chosen.num_labeled]

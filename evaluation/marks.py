@@ -11,6 +11,7 @@ from attacks import victims
 from data_aug.datasets import load_dataset, load_training
 from data_aug.images import Stored
 from defenses.sslguard import READ, RECIPE, Mark, SSLGuard, check_fits, mark_cosines, mark_line, read_mark
+from defenses.watermark import EARLIER_KEY, WatermarkMLP
 from evaluation.alignment import Aligned, Alignment
 from evaluation.candidates import (
     Candidate,
@@ -71,7 +72,10 @@ def mark_victim(command: Command, precision: Precision) -> None:
     print(f"victim: {clean.arch} with SSLGuard's watermark, {amount}, {precision}")
     print(command.line())
     model = copy.deepcopy(clean)
-    SimCLR(model, loss, command[Recipe], run, mark).mark(Stored(images), clean)
+    trainer = SimCLR(model, loss, command[Recipe], run, mark)
+    # A rotation watermark is read by the clean victim's MLP.
+    trainer.kept = {name: checkpoint[name] for name in (WatermarkMLP.checkpoint_key, EARLIER_KEY) if name in checkpoint}
+    trainer.mark(Stored(images), clean)
     test, _ = load_dataset(command.dataset, command.data, "test")
     print(mark_line(model, mark.eval(), test, precision))
     print(f"victim: {relative(run.checkpoint)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_aug.datasets import same_source
 from defenses.dataset_inference import halves, log_likelihoods, random_crops, under_determined
 from defenses.watermark import check_width, read_watermark, watermark_scores
 from evaluation.alignment import Aligned, Alignment
@@ -127,12 +128,14 @@ def _widest(candidates: Sequence[Candidate]) -> int:
 def _inference_notes(dataset: str, candidates: Sequence[Candidate], too_few: str | None) -> list[str]:
     """What weakens the method with this data set and these encoders."""
     lines = [
-        f"{candidate.path} was trained on {dataset} too: dataset inference may call it stolen for that"
+        f"{candidate.path} was trained on images of {dataset} too: dataset inference may call it stolen for that"
         for candidate in candidates
-        if candidate.kind == "independent" and candidate.settings.get("dataset") == dataset
+        if candidate.kind == "independent" and same_source(str(candidate.settings.get("dataset")), dataset)
     ]
     if dataset == "svhn":
         lines.append("svhn's two splits differ by themselves: the method needs a victim trained on svhn-merged")
+    if dataset == "stl10":
+        lines.append("stl10's unlabelled images are of more classes than its test images: they differ by themselves")
     return lines + ([too_few] if too_few else [])
 
 
@@ -171,8 +174,10 @@ def measure_similarity(
                 f"{candidate.path} gives representations of {candidate.encoder.dim} numbers, the victim of "
                 f"{victim.encoder.dim}: give --align"
             )
-        if candidate.kind == "independent" and begin_alike(candidate, victim):
+        if candidate.kind in ("suspect", "independent") and begin_alike(candidate, victim):
             print(f"note: {candidate.path} began with the victim's initial weights: prefer one of another seed")
+            if candidate.kind == "suspect":
+                candidate.doubt = "it began with the victim's initial weights, which alone make encoders similar"
     images = training_images(dataset_of(test, victim), root, victim)
     number = min(len(images), SIMILARITY_IMAGES) if test.num_train is None else test.num_train
     if number > len(images):
@@ -197,8 +202,10 @@ def measure_similarity(
 
 def begin_alike(candidate: Candidate, victim: Candidate) -> bool:
     """Whether two encoders' initial weights are the same, which leaves similar dimensions at the same places."""
-    seed = candidate.settings.get("seed")
-    return seed is not None and (seed, candidate.encoder.arch) == (victim.settings.get("seed"), victim.encoder.arch)
+    ours, theirs = (
+        (one.settings.get("seed"), one.encoder.arch, one.checkpoint.get("drawn_for")) for one in (victim, candidate)
+    )
+    return theirs[0] is not None and ours == theirs
 
 
 def judge_similarity(measured: Measured, others: Sequence[Measured]) -> Figures:

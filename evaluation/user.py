@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attacks.client import Client
-from data_aug.datasets import canonical_name, check_labelled, load_labelled, load_queries
+from data_aug.datasets import check_labelled, load_labelled, load_queries, same_source
 from data_aug.images import Stored
 from evaluation.probes import Labelled, logistic_regression, mlp_probe
 from evaluation.rows import packed, unpacked
@@ -47,7 +47,7 @@ def load_user(
     number: how many test images. classes: the user has a narrow task, whose classes the seed draws; all images are of
     these. UserError where the data set `name` has fewer images, or images without labels.
     """
-    if canonical_name(name, root) == canonical_name(victim_dataset, root):  # the victim was trained on the others
+    if same_source(name, victim_dataset, root):  # the victim was trained on the others
         images, labels, split = load_queries(name, victim_dataset, root)
         check_labelled(labels, name, split)
     else:

@@ -1,5 +1,6 @@
 """Verdicts on encoders by the figures of ownership.py, a table of them, and the ROC over all encoders."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,10 @@ def judge_all(test: OwnershipTest, candidates: Sequence[Candidate]) -> None:
     decides = all(passes(control.figures, test.level) == (control.kind == "victim") for control in controls)
     for candidate in candidates:
         figures, is_control = candidate.figures, candidate in controls
-        candidate.found = passes(figures, test.level) if decides or is_control else None
+        decided = is_control or (decides and not candidate.doubt)
+        candidate.found = passes(figures, test.level) if decided else None
         facts = f"{method.claim.format(**figures)}; effect size {figures['effect']:.2f}; {_in_words(figures)}"
-        facts += caveat(figures) if decides and not is_control else ""
+        facts += f"; {candidate.doubt}" if candidate.doubt else caveat(figures) if decides and not is_control else ""
         candidate.verdict = f"{_finding(candidate, decides)} at level {test.level:g} ({facts})"
 
 
@@ -54,7 +56,8 @@ def p_values(figures: Figures) -> Figures:
 
 
 def _largest_p(figures: Figures) -> float:
-    return max(p_values(figures).values(), default=1.0)
+    # A p-value that is no number proves nothing, and max() may pass over it.
+    return max((1.0 if math.isnan(p) else p for p in p_values(figures).values()), default=1.0)
 
 
 def passes(figures: Figures, level: float) -> bool:
@@ -112,13 +115,14 @@ def detection_rates(test: OwnershipTest, candidates: Sequence[Candidate]) -> tup
     for kind, group in groups.items():
         if not group:
             continue
-        rate = "undecided"
-        if group[0].found is not None:
-            hits = sum(case.found for case in group)
-            low, high = rate_interval(hits, len(group))
-            rate = f"{hits} of {len(group)} ({100 * low:.0f} to {100 * high:.0f} %)"
+        rate, decided = "undecided", [case.found for case in group if case.found is not None]
+        if decided:
+            hits, number = sum(decided), len(decided)
+            low, high = rate_interval(hits, number)
+            rate = f"{hits} of {number} ({100 * low:.0f} to {100 * high:.0f} %)"
+            rate += f", {len(group) - number} undecided" if number < len(group) else ""
             if kind == "independent":
-                shares = {"": hits / len(group), "_low": low, "_high": high}
+                shares = {"": hits / number, "_low": low, "_high": high}
                 figures = {f"false_accusations{end}": share for end, share in shares.items()}
         lines.append(f"{kind} encoders found at level {test.level:g}: {rate}; {_each_test(group, test.level)}")
     if min(map(len, groups.values())) < 2:

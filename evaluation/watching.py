@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from data_aug.datasets import load_labelled, take_balanced
 from defenses.detection import Detection
-from defenses.prada import prada
+from defenses.prada import ENOUGH, prada
 from evaluation.probes import logistic_regression
-from evaluation.statistics import roc
+from evaluation.statistics import auc_interval, rate_interval, roc
 from evaluation.streams import ATTACKERS, Sent, Streams, attackers_streams, users_streams
 from models import SimCLREncoder
 from training.represent import represent
@@ -20,7 +21,8 @@ from utils import Precision
 
 FALSE_ALARMS = 0.05  # share of users' streams that may be taken for attacks
 
-Scores = dict[str, dict[str, list[float]]]  # kind -> statistic -> the score of each stream
+# kind -> statistic -> the score of each stream for which there is any
+Scores = dict[str, dict[str, list[float]]]
 Classify = Callable[[Tensor], Tensor]  # representations (N, D) -> classes (N,)
 
 
@@ -52,7 +54,8 @@ def score_all(
 ) -> Scores:
     """The scores of all attackers' and users' streams.
 
-    Each stream is watched by a fresh copy of the detector; `prada` is among the scores where the owner can `classify`.
+    Each stream is watched by a fresh copy of the detector; `prada` is among the scores where the owner can `classify`,
+    without those of streams that are too short for it.
     data: the images (N, 3, H, W) of `streams.dataset`, their labels (N,), and the images of `load_others`. parts: the
     positions of the attackers' images and of the users'.
     """
@@ -69,15 +72,16 @@ def score_all(
         if classify is not None:
             found["prada"] = prada(queries.images, classify(queries.representations).cpu())
         for name, value in found.items():
-            scores.setdefault(kind, {}).setdefault(name, []).append(value)
+            known_scores = scores.setdefault(kind, {}).setdefault(name, [])
+            known_scores += [] if value is None else [value]
     return scores
 
 
-def detected(attacks: list[float], users: list[float]) -> float:
-    """The share of attacks above the lowest threshold that at most FALSE_ALARMS of the users exceed."""
+def detected(attacks: list[float], users: list[float]) -> int:
+    """How many attacks are above the lowest threshold that at most FALSE_ALARMS of the users exceed."""
     allowed = int(FALSE_ALARMS * len(users))
     threshold = sorted(users, reverse=True)[allowed]
-    return sum(value > threshold for value in attacks) / len(attacks)
+    return sum(value > threshold for value in attacks)
 
 
 def _users(scores: Scores) -> list[str]:
@@ -91,18 +95,32 @@ def _statistics(scores: Scores) -> list[str]:
 def stream_figures(scores: Scores, prada_delta: float) -> dict[str, float]:
     """auc_USERS_ATTACKER_STATISTIC and detected_USERS_ATTACKER_STATISTIC, shares in [0, 1].
 
-    With PRADA's scores also flagged_KIND: the share of the streams whose W fell below `prada_delta`.
+    With PRADA's scores also flagged_KIND: the share of the streams whose W fell below `prada_delta`. Each has the ends
+    of its 95 % interval, `_low` and `_high`, as if streams were independent and the threshold known. There is no figure
+    of streams without scores, and no interval of a single stream's AUC.
     """
-    figures = {}
+    figures: dict[str, float] = {}
     for users, attacker, name in itertools.product(_users(scores), ATTACKERS, _statistics(scores)):
         both = scores[attacker][name], scores[users][name]
-        figures[f"auc_{users}_{attacker}_{name}"] = round(roc(*both)[1], 6)
-        figures[f"detected_{users}_{attacker}_{name}"] = round(detected(*both), 6)
+        if not all(both):
+            continue
+        key = f"{users}_{attacker}_{name}"
+        figures |= _with_ends(f"auc_{key}", roc(*both)[1], auc_interval(*both) if min(map(len, both)) > 1 else ())
+        figures |= _rate(f"detected_{key}", detected(*both), len(both[0]))
     for kind, of_kind in scores.items():
         values = of_kind.get("prada", [])
         if values:
-            figures[f"flagged_{kind}"] = round(sum(value > 1 - prada_delta for value in values) / len(values), 6)
+            figures |= _rate(f"flagged_{kind}", sum(value > 1 - prada_delta for value in values), len(values))
     return figures
+
+
+def _rate(name: str, hits: int, number: int) -> dict[str, float]:
+    return _with_ends(name, hits / number, rate_interval(hits, number))
+
+
+def _with_ends(name: str, value: float, interval: Sequence[float]) -> dict[str, float]:
+    ends = zip((f"{name}_low", f"{name}_high"), interval, strict=False)
+    return {name: round(value, 6), **{end: round(share, 6) for end, share in ends}}
 
 
 def stream_table(scores: Scores, figures: Mapping[str, float]) -> str:
@@ -111,13 +129,27 @@ def stream_table(scores: Scores, figures: Mapping[str, float]) -> str:
     head = ["kind", "streams", *(f"mean {name}" for name in names), *(["flagged by PRADA"] if "prada" in names else [])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for kind, of_kind in scores.items():
-        cells = [f"{sum(values) / len(values):.4g}" for values in of_kind.values()]
-        cells += [f"{figures[f'flagged_{kind}']:.0%}"] if "prada" in names else []
+        cells = [f"{statistics.fmean(values):.4g}" if values else "" for values in of_kind.values()]
+        cells += [_cell(figures, f"flagged_{kind}", ".0%")] if "prada" in names else []
         lines.append(f"| {kind} | {len(of_kind['nearest'])} | {' | '.join(cells)} |")
-    lines += ["", f"AUC, and share detected at {FALSE_ALARMS:.0%} false alarms:", ""]
+    unjudged = {len(of_kind["nearest"]) - len(of_kind.get("prada", of_kind["nearest"])) for of_kind in scores.values()}
+    if unjudged != {0}:
+        lines += [
+            "",
+            f"PRADA says nothing of streams of {ENOUGH} distances or fewer: they are left out of its figures.",
+        ]
+    lines += ["", f"AUC, and share detected at {FALSE_ALARMS:.0%} false alarms, with 95 % intervals:", ""]
     lines += [f"| users | statistic | {' | '.join(ATTACKERS)} |", "|---" * (2 + len(ATTACKERS)) + "|"]
     for users, name in itertools.product(_users(scores), names):
         keys = [f"{users}_{attacker}_{name}" for attacker in ATTACKERS]
-        cells = [f"{figures[f'auc_{key}']:.3f}, {figures[f'detected_{key}']:.0%}" for key in keys]
-        lines.append(f"| {users} | {name} | {' | '.join(cells)} |")
+        cells = [(_cell(figures, f"auc_{key}", ".3f"), _cell(figures, f"detected_{key}", ".0%")) for key in keys]
+        lines.append(f"| {users} | {name} | {' | '.join(', '.join(filter(None, pair)) for pair in cells)} |")
     return "\n".join(lines)
+
+
+def _cell(figures: Mapping[str, float], name: str, form: str) -> str:
+    """A figure with its interval; empty where there is no figure."""
+    if name not in figures:
+        return ""
+    ends = [f"{figures[end]:{form}}" for end in (f"{name}_low", f"{name}_high") if end in figures]
+    return f"{figures[name]:{form}}" + (f" [{', '.join(ends)}]" if ends else "")

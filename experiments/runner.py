@@ -183,9 +183,10 @@ def run_all(experiment: Experiment, runner: Runner) -> list[dict]:
         seen = {attack: submit(watched, attack) for attack in experiment.attacks if attack.stream}
         rows = [{**row, "detection": seen[row["attack"]].result() if row["attack"] in seen else {}} for row in rows]
     if "verify" in experiment.content:
-        encoders = ["--suspect", *(row["path"] for row in rows)]
+        suspects = [row for row in rows if not row["attack"].victim and row["copy"].get("queries")]  # no controls
+        encoders = ["--suspect", *(row["path"] for row in suspects)]
         encoders += ["--independent", *(other.result() for other in others)] if others else []
-        words = (*experiment.words("verify"), *of_victim, *encoders)
-        verified = {row["checkpoint"]: row for row in submit(runner.rows, "verify.py", *words).result()}
-        rows = [{**row, "verified": verified[row["path"]]} for row in rows]
+        asked = submit(runner.rows, "verify.py", *experiment.words("verify"), *of_victim, *encoders)
+        verified = {row["checkpoint"]: row for row in asked.result()}
+        rows = [{**row, "verified": verified[row["path"]]} if row in suspects else row for row in rows]
     return rows

@@ -14,14 +14,20 @@ from files.writing import atomic_path
 
 Rows = Sequence[Mapping]
 HEAD = (
-    *("defence", "attack", "seeds", "test images", "copy", "difference", "copy, kNN", "user"),
-    *("queries (distinct)", "detection AUC", "watermark", "p (encoders)"),
+    *("defence", "attack", "seeds", "test images", "copy", "difference", "copy, kNN", "user", "user's loss"),
+    *("queries (distinct)", "AUC, such a stream", "watermark", "p (Holm)", "found"),
 )
 NOTE = """\
 [a, b]: 95 % interval of a mean over the seeds (Student's t) or, of a single seed, of a share of the test images (exact,
 binomial). difference: the copy's accuracy less that of the same attack without a defence, or of the best attack without
 a defence, on the same test images, with its interval for paired shares and McNemar's p, uncorrected for the number of
-lines; over several seeds the mean, the mean ends, and the largest p."""
+lines; over several seeds the mean, the mean ends, and the largest p. user: the accuracy of a user's task, which may
+have fewer classes than the copy's and so a higher chance: compare it with the user's loss, the accuracy without a
+defence less that with it, on the same test images. AUC, such a stream: of undefended streams of the attack's kind, as
+long as a user's, by detect.py, and not of the line's own queries; with an interval as if streams were independent.
+p (Holm): the largest p-value of a copy's tests of
+ownership, corrected for all copies of the table; over several seeds the largest. found: copies called stolen. Controls,
+whose attacker stole nothing of the victim's, are not tested."""
 
 
 def results_table(rows: Rows) -> str:
@@ -40,8 +46,7 @@ def _cells(rows: Rows, against: str) -> list[str]:
     """The figures of rows that differ in the seed only."""
     first, copies = rows[0], [row["copy"] for row in rows]
     verified = [row["verified"] for row in rows if "verified" in row]
-    detected = _figures([first.get("detection", {})], f"auc_{first['attack'].stream}")
-    worst = _figures(verified, "p_encoders")
+    worst = _figures(verified, "p_holm")
     return [
         str(len(rows)),
         " ".join(f"{figure:,}" for figure in _figures(copies[:1], "test_images")),
@@ -49,15 +54,36 @@ def _cells(rows: Rows, against: str) -> list[str]:
         against,
         mean_words(copies, "knn"),
         mean_words([first["user"]], "top1_converged"),
+        _loss_words(first["user"]),
         " ".join(
             form.format(figure)
             for name, form in (("queries", "{:,}"), ("distinct", "({:,})"))
             for figure in _figures(copies[:1], name)
         ),
-        f"{detected[0]:.2f}" if detected else "",
+        _auc_words(first.get("detection", {}), f"auc_{first['attack'].stream}"),
         mean_words(verified, "accuracy"),
         f"{max(worst):.2g}" if worst else "",
+        _found_words(verified),
     ]
+
+
+def _loss_words(user: Mapping) -> str:
+    """What a defence costs the user in points, with its interval and McNemar's p; empty where the row does not say."""
+    pair = [{**user, "right": user.get(name), "test_digest": "the same"} for name in ("clean_right", "right")]
+    return paired_difference([tuple(pair)]) if user.get("defence") else ""
+
+
+def _auc_words(detection: Mapping, name: str) -> str:
+    """An AUC with its interval; empty where it was not measured."""
+    area, low, high = (_figures([detection], key) for key in (name, f"{name}_low", f"{name}_high"))
+    ends = f" [{low[0]:.2f}, {high[0]:.2f}]" if low and high else ""
+    return f"{area[0]:.2f}{ends}" if area else ""
+
+
+def _found_words(verified: Rows) -> str:
+    """How many of the copies are called stolen, in words; empty where none was tested."""
+    decided = [row["found"] for row in verified if row.get("found") is not None]
+    return f"{sum(decided)} of {len(verified)}" if decided else "undecided" if verified else ""
 
 
 def _figures(rows: Rows, name: str) -> list[float]:

@@ -78,6 +78,7 @@ RECORDED = {
     "query_indices": tensor(torch.int64, (None,)),
     "stolen_from": text(),
     "victim_version": text(),
+    "drawn_for": text(),
     "ledger": table(_account),
     "query_digests": tensor(torch.uint8, (None, 16)),
     "defence_report": table(number(finite=False)),

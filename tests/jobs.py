@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 import loss
 import run
+from defenses.noise import Noise
 from jobs.ending import script
 from jobs.exchange import any_of, gather, parallel, processes, share, whole_batch
 from jobs.machine import check_flags
 from jobs.meeting import set_up_job
 from jobs.place import Processes
+from models import build_encoder
 from utils import UserError, seeded
+from victim import Victim
 
 
 def free_port() -> int:
@@ -134,9 +137,21 @@ def batch_norm() -> dict[str, Tensor]:
     return found
 
 
+def consistent_answers() -> tuple[Tensor, dict]:
+    """The answers to a call that all processes share, with noise by perceptual hashes, and the ledger's account."""
+    images = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    images[5] = images[2]
+    with seeded(1):
+        encoder = build_encoder("resnet10w32", 16)
+    victim = Victim(encoder, defences=[Noise(mu=0.0, sigma=3.0, consistent_noise=True, secret=6)])
+    answers = victim.query(images[share(IMAGES)], gather=lambda rows: gather(rows, IMAGES))
+    return answers, victim.ledger.state_dict()
+
+
 def numbers(path) -> None:
     """All of the above, written by the first process."""
     found = {"losses": compare_losses(), "correlation": cross_correlation(), "batch norm": batch_norm()}
+    found["consistent"] = consistent_answers()
     found["uneven"] = {}
     for total in (0, 1, 3, 7):  # fewer rows than processes, too
         local = torch.arange(total)[share(total)][:, None]

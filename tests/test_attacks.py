@@ -1,5 +1,7 @@
 """Which images an attack asks about, what does not go together, and what each published attack costs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import steal
 from attacks import ATTACKS, Attack
 from attacks.answers import Answers
 from attacks.queries import QueryChoice, choose_queries, k_centres
+from attacks.victims import say_steal
 from data_aug.augment import apply_views, draw_views
 from data_aug.images import Stored
 from data_aug.recipes import VIEW_RECIPES
@@ -35,6 +38,16 @@ def encoder():
 
 
 # ---- which images ----
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "asked"),
+    [("svhn", "cifar10"), ("svhn-merged", "cifar10"), ("shapes", "textures"), ("cifar10", "svhn")],
+)
+def test_the_attack_proposed_next_queries_another_data_set(trained_on, asked, encoder, capsys):
+    command = steal.make_parser().parse([])
+    say_steal(command, Path("v.pth.tar"), encoder, trained_on)
+    assert f"--datasetsteal {asked} " in capsys.readouterr().out
 
 
 def test_the_first_images_or_random_ones_by_seed(write_npz):

@@ -60,6 +60,8 @@ def test_halves_of_too_many_or_too_few_are_refused(count, number, message):
         ("npz:data/mine.npz", ("full", 10, False)),
         ("imagenet", ("diag", 50, True)),
         ("folder:/data/ImageNet-100", ("diag", 50, True)),
+        ("folder:/data/imagenet/train", ("diag", 50, True)),
+        ("folder:/data/my-imagenet/train", ("full", 10, False)),
     ],
 )
 def test_settings_are_those_published_for_the_data_set(dataset, expected):

@@ -21,11 +21,14 @@ from data_aug.datasets import (
     load_dataset,
     load_labelled,
     load_queries,
+    same_source,
     take_balanced,
     to_float,
     unlabelled_split,
 )
+from data_aug.digests import image_digests
 from data_aug.folders import class_files
+from evaluation.user import load_user
 from tests.conftest import ROOT
 from utils import UserError
 
@@ -344,6 +347,47 @@ def test_names_of_the_same_data(spellings):
     assert canonical_name("other") == "other"  # a stranger's victim
     assert canonical_name("npz:a/b") != canonical_name("npz:a_b")
     assert load_queries("npz:own.npz", "cifar10", ".")[2] == "test"  # what the data root has of that name
+
+
+SIZES = {"train": 60, "test": 40}
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A data root with an SVHN of 60 and 40 images."""
+    draws = np.random.default_rng(0)
+    arrays = {f"x_{split}": draws.integers(0, 256, (n, 32, 32, 3), np.uint8) for split, n in SIZES.items()}
+    np.savez(tmp_path / "svhn.npz", **arrays, **{f"y_{split}": np.arange(n) % 10 for split, n in SIZES.items()})
+    return tmp_path
+
+
+def test_data_sets_drawn_from_each_other_have_one_source(digits):
+    for root in (None, digits):
+        assert same_source("svhn", "svhn-merged", root)
+        assert same_source("svhn-merged", "svhn", root)
+        assert same_source("svhn-merged", "svhn-merged", root)
+        assert same_source("fmnist", "fashionmnist", root)
+        assert not same_source("svhn-merged", "cifar10", root)
+    assert same_source(f"npz:{digits}/svhn.npz", "svhn-merged", digits)
+
+
+def test_an_attacker_of_a_redrawn_data_set_has_its_test_split(digits):
+    trained = set(image_digests(load_dataset("svhn-merged", digits)[0]))
+    images, _, split = load_queries("svhn-merged", "svhn-merged", digits)
+    assert (split, len(images)) == ("test", 10)
+    assert not trained & set(image_digests(images))
+    for name, victim in (("svhn", "svhn-merged"), (f"npz:{digits}/svhn.npz", "svhn-merged"), ("svhn-merged", "svhn")):
+        with pytest.raises(UserError, match=f"on which the victim was trained: take {victim} instead"):
+            load_queries(name, victim, digits)
+        assert load_queries(name, victim, digits, force=True)[2] == "train"
+
+
+def test_a_user_of_a_redrawn_data_set_has_no_training_images(digits):
+    trained = set(image_digests(load_dataset("svhn-merged", digits)[0]))
+    train, test, _ = load_user("svhn-merged", "svhn-merged", digits, 5)
+    assert not trained & set(image_digests(torch.cat([train[0], test[0]])))
+    with pytest.raises(UserError, match="take svhn-merged instead"):
+        load_user("svhn", "svhn-merged", digits, 5)
 
 
 def test_unlabelled_split():

@@ -9,9 +9,11 @@ from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 
 from attacks.client import jitter
+from data_aug import digests
 from data_aug.datasets import load_dataset
 from data_aug.digests import perceptual_hashes
 from defenses.buckets import Buckets, Centroids, Coverage, Hyperplanes, even_coverage, queries_for
+from defenses.noise import Noise
 from defenses.poisoning import detection_figures, repeats
 from models.simclr import SimCLREncoder
 from tests.test_defences import DIM, Pixels, ask, random_images, represent, stream, victim_with
@@ -32,7 +34,7 @@ def images():
 def test_noise_is_normal(mu, sigma, consistent):
     images = random_images(2000)
     if consistent:  # images so small have few hashes: one image of each
-        images = images[np.unique(perceptual_hashes(images).numpy(), axis=0, return_index=True)[1]]
+        images = images[np.unique(perceptual_hashes(images, 7).numpy(), axis=0, return_index=True)[1]]
         assert len(images) > 100
     noise = ask(victim_with("noise", mu=mu, sigma=sigma, consistent_noise=consistent), images) - represent(images)
     z, count = (noise - mu) / sigma, noise.numel()
@@ -413,6 +415,10 @@ def test_buckets_say_what_a_budget_can_reach():
     assert f"sigma {sigma:.3g} at most (alpha 0.8 at 80 % takes 6,592 queries)" in words
     assert "alpha 0.8 at 100 % is never reached" in Buckets(bucket_beta=100.0).outlook(4000)
     assert "sigma 3.87e-05" in Buckets().outlook(1000)
+    assert "far above alpha" not in words
+    # 4,000 queries are far beyond 4 % of the buckets, 170 just beyond.
+    assert "takes 168 queries), far above alpha: " in Buckets(bucket_beta=4.0).outlook(4000)
+    assert "far above" not in Buckets(bucket_beta=4.0).outlook(170)
     report = defence.report({"a": torch.arange(30), "b": torch.arange(4000)})
     assert report["even_coverage"] == pytest.approx(62.34, abs=0.01)
     assert report["even_sigma"] == pytest.approx(sigma, rel=1e-3)
@@ -465,28 +471,83 @@ def test_cells_of_the_owners_images_are_made_before_the_first_query(cells, image
 # ---- near-copies -----------------------------------------------------------------------------------------------------
 
 
-def slow_hash(image):
-    """The signs of the lowest frequencies of an image (3, 32, 32), by the definition of the cosine transform."""
+def slow_hash(image, thresholds):
+    """The lowest frequencies of an image (3, 32, 32) against thresholds, by the definition of the cosine transform."""
     grey = image.double().sum(dim=0)
     small = [[16 * grey[4 * i : 4 * i + 4, 4 * j : 4 * j + 4].mean().item() for j in range(8)] for i in range(8)]
-    bits = []
+    found = []
     for u in range(5):
         for v in range(5):
             waves = [[math.cos(math.pi * k * (2 * i + 1) / 16) for i in range(8)] for k in (u, v)]
-            bits.append(sum(small[i][j] * waves[0][i] * waves[1][j] for i in range(8) for j in range(8)) > 0)
-    return bits[1:]
+            found.append(sum(small[i][j] * waves[0][i] * waves[1][j] for i in range(8) for j in range(8)))
+    return [value > threshold for value, threshold in zip(found[:24], thresholds, strict=True)]
 
 
-def test_perceptual_hashes_are_signs_of_the_lowest_frequencies():
+@pytest.mark.parametrize("secret", [None, 5])
+def test_perceptual_hashes_compare_the_lowest_frequencies_with_thresholds(secret):
     images = load_dataset("shapes", split="test")[0][:6]
-    hashes = perceptual_hashes(images)
+    hashes, thresholds = perceptual_hashes(images, secret), digests._thresholds(secret).tolist()
+    assert all(500 <= abs(threshold) <= 2001 for threshold in thresholds[1:])
+    assert 0.25 <= thresholds[0] / (64 * 16 * 765) <= 0.75
+    assert not any(threshold.is_integer() for threshold in thresholds)
+    assert thresholds != digests._thresholds(6).tolist()
     assert (hashes.dtype, hashes.shape) == (torch.uint8, (6, 3))
     bits = [[bool(byte >> place & 1) for byte in row for place in range(8)] for row in hashes.tolist()]
-    assert bits == [slow_hash(image) for image in images]
+    assert bits == [slow_hash(image, thresholds) for image in images]
     for other in (images.float() / 255, images.contiguous(memory_format=torch.channels_last)):
-        assert torch.equal(perceptual_hashes(other), hashes)
-    assert torch.equal(torch.cat([perceptual_hashes(image[None]) for image in images]), hashes)
-    assert perceptual_hashes(torch.full((2, 3, 2, 4), 77, dtype=torch.uint8)).tolist() == [[0, 0, 0]] * 2
+        assert torch.equal(perceptual_hashes(other, secret), hashes)
+    assert torch.equal(torch.cat([perceptual_hashes(image[None], secret) for image in images]), hashes)
+    black, white = perceptual_hashes(torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 2, 4))
+    assert black.tolist() != white.tolist()  # by their mean
+
+
+def test_noise_is_keyed_by_the_secrets_thresholds_and_near_copies_are_counted_by_public_ones():
+    class Keyed(Noise):
+        remembers = True  # so that a replay answers too
+        keys = ()
+
+        def __call__(self, answers, call):
+            self.keys = call.hashes
+            return answers
+
+    images = load_dataset("shapes", split="test")[0][:300].float().mean(dim=(2, 3), keepdim=True).byte()
+    images = torch.cat([images.expand(-1, 3, 2, 4), random_images(100)])
+    defence, public = Keyed(secret=11), perceptual_hashes(images)
+    victim = Victim(SimCLREncoder(Pixels(), "pixels"), defences=[defence])
+    victim.query(images)
+    expected = digests.unpack_digests(perceptual_hashes(images, 11), digests.HASH_BYTES)
+    assert defence.keys == expected != digests.unpack_digests(public, digests.HASH_BYTES)
+    assert victim.ledger.near_distinct == len(public.unique(dim=0))
+    defence.keys = ()
+    victim.replay(digests.digest_tensor(images), images=images)
+    assert defence.keys == expected
+
+
+def mirrored(images):
+    half = images[..., :16]
+    return torch.cat([half, half.flip(3)], dim=3)
+
+
+def mirrored_twice(images):
+    half = mirrored(images)[:, :, :16]
+    return torch.cat([half, half.flip(2)], dim=2)
+
+
+def constant(images):
+    return images.float().mean(dim=(1, 2, 3), keepdim=True).byte().expand_as(images)
+
+
+@pytest.mark.parametrize("made", [mirrored, mirrored_twice, constant])
+def test_near_copies_of_images_with_symmetries_share_a_hash_too(made):
+    """Half of their frequencies or more are exactly 0."""
+    images = made(load_dataset("shapes", split="test")[0][:500])
+    hashes = perceptual_hashes(images, 5)
+    for place in ((0, 0, 0), (1, 9, 20), (2, 31, 14)):
+        one_pixel = images.clone()
+        one_pixel[:, *place] ^= 1
+        assert (perceptual_hashes(one_pixel, 5) == hashes).all(dim=1).float().mean() > 0.99
+    near = perceptual_hashes(jitter(images, 8, number=1), 5)
+    assert (near == hashes).all(dim=1).float().mean() > 0.5
 
 
 def test_near_copies_share_a_hash_and_different_images_do_not():

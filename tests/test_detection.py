@@ -19,6 +19,7 @@ from defenses.detection import SCORES, Detection, non_normality, scores_of, simi
 from defenses.nearest import BLOCK, Memory, nearest_distances
 from defenses.prada import growing_set_distances, prada
 from evaluation import represent, streams, watching
+from evaluation.statistics import auc_interval
 from files.writing import save_checkpoint
 from models import build_encoder
 from utils import Precision, UserError, generator, seeded
@@ -146,15 +147,15 @@ def pixels(count, seed=0):
     return torch.randint(0, 256, (count, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("length", [100, 140])
+@pytest.mark.parametrize("length", [103, 104, 140])
 def test_prada_is_that_of_its_paper(length):
     images, classes = pixels(length), torch.arange(length) % 3
     images[90:] = images[40 : length - 50] // 2  # some are nearer than others, and their class another
     distances, lowest = slow_prada(images.flatten(1) / 255, classes)
     assert len(distances) == length - 3
     assert growing_set_distances(images.flatten(1) / 255, classes) == pytest.approx(distances, abs=1e-6)
-    assert prada(images, classes) == pytest.approx(1 - lowest, abs=1e-6)
-    assert (lowest < 1) == (length > 103)
+    found = prada(images, classes)
+    assert found is None if length == 103 else found == pytest.approx(1 - lowest, abs=1e-6)
 
 
 def test_prada_sees_only_queries_of_the_same_class_and_of_its_growing_set():
@@ -167,7 +168,8 @@ def test_prada_sees_only_queries_of_the_same_class_and_of_its_growing_set():
 def test_prada_says_nothing_of_few_queries_and_flags_an_attacker_who_repeats():
     images = pixels(300)
     classes = torch.arange(300) % 2
-    assert prada(images[:102], classes[:102]) == 0
+    assert prada(images[:102], classes[:102]) is None
+    assert prada(images[:103], classes[:103]) > 0
     repeated = prada(images[:150].repeat(2, 1, 1, 1), classes[:150].repeat(2))
     assert prada(images, classes) < 0.1 < repeated
 
@@ -279,10 +281,17 @@ QUICK = ("--dataset", "shapes", "--streams", "4", "--stream-length", "30", "--de
 
 
 @pytest.fixture
-def owned(encoder, tmp_path):
+def owned(encoder, write_npz, tmp_path):
     path = tmp_path / "owned.pth.tar"
-    save_checkpoint({"arch": "resnet10w32", "state_dict": encoder.state_dict(), "epoch": 1}, path)
+    state = {"arch": "resnet10w32", "state_dict": encoder.state_dict(), "epoch": 1}
+    save_checkpoint({**state, "settings": {"dataset": f"npz:{write_npz(test=200)}"}}, path)
     return path
+
+
+def shown(row, key, form):
+    """A figure with its interval."""
+    value, low, high = (f"{row[name]:{form}}" for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{value} [{low}, {high}]"
 
 
 def test_the_command_prints_and_records_its_table(call, owned, write_npz, tmp_path):
@@ -299,17 +308,21 @@ def test_the_command_prints_and_records_its_table(call, owned, write_npz, tmp_pa
     for users in ("task", "other"):
         for name in (*SCORES, "prada"):
             keys = [f"{users}_{attacker}_{name}" for attacker in streams.ATTACKERS]
-            cells = [f"{row[f'auc_{key}']:.3f}, {row[f'detected_{key}']:.0%}" for key in keys]
+            if name == "prada":  # which says nothing of 30 queries: no figure, and an empty cell
+                assert not any(key.endswith("_prada") or key.startswith("flagged") for key in row)
+                assert f"| {users} | prada |{'  |' * len(keys)}\n" in f"{out}\n"
+                continue
+            cells = [f"{shown(row, f'auc_{key}', '.3f')}, {shown(row, f'detected_{key}', '.0%')}" for key in keys]
             assert f"| {users} | {name} | {' | '.join(cells)} |" in out
     assert len(streams.ATTACKERS) == 5
     assert "| sybils | 16 |" in out  # four accounts for each of four attacks
     # Two of three queries are at distance 0: no encoder can hide that.
     assert row["auc_task_repeat_nearest"] == row["detected_task_repeat_nearest"] == 1
-    assert row["flagged_plain"] == 0  # PRADA says nothing of 30 queries
+    assert "PRADA says nothing of streams of 100 distances or fewer" in out
     code, again, _ = call(detect, *arguments, "--resume")
     assert code == 0
     assert "has its results already" in again
-    assert f"| other | prada | {cells[0]}" in again
+    assert f"| other | normality | {cells[0]}" in again
     assert len((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()) == 1
 
 
@@ -321,6 +334,17 @@ def test_without_the_owners_labelled_images_there_is_no_prada(call, encoder, wri
     code, out, err = call(detect, *arguments, "--victim", tmp_path / "elsewhere.pth.tar")
     assert code == 0, err
     assert "without PRADA, which needs labelled images of the owner's: " in out
+    assert "prada" not in out
+
+
+def test_a_victim_of_unknown_data_has_no_classifier_of_its_owners(call, encoder, write_npz, tmp_path):
+    """The attackers' data set may not stand in for the owner's."""
+    path = tmp_path / "unknown.pth.tar"
+    save_checkpoint({"arch": "resnet10w32", "state_dict": encoder.state_dict(), "epoch": 1}, path)
+    code, out, err = call(detect, *QUICK, "--dataset", f"npz:{write_npz(test=200)}", "--streams", "1", "--victim", path)
+    assert code == 0, err
+    assert "without PRADA, which needs labelled images of the owner's: " in out
+    assert "does not say what it was trained on" in out
     assert "prada" not in out
 
 
@@ -454,11 +478,34 @@ def test_prada_flags_the_streams_whose_w_is_below_delta():
     scores = {kind: {"nearest": [0.1, 0.2], "prada": [0.05, 0.15]} for kind in (*streams.ATTACKERS, "task")}
     figures = watching.stream_figures(scores, prada_delta=0.9)
     assert figures["flagged_plain"] == figures["flagged_task"] == 0.5
-    assert "| plain | 2 | 0.15 | 0.1 | 50% |" in watching.stream_table(scores, figures)
+    low, high = stats.binomtest(1, 2).proportion_ci(method="exact")
+    assert (figures["flagged_plain_low"], figures["flagged_plain_high"]) == pytest.approx((low, high), abs=1e-6)
+    assert f"| plain | 2 | 0.15 | 0.1 | 50% [{low:.0%}, {high:.0%}] |" in watching.stream_table(scores, figures)
+
+
+def test_figures_have_intervals_and_streams_without_a_score_are_left_out():
+    users, attacks = [float(value) for value in range(40)], [30.5, 10.5, 60.5, 70.5]
+    scores = {kind: {"nearest": attacks, "prada": [0.2, 0.3]} for kind in streams.ATTACKERS}
+    scores["sybils"]["prada"] = []
+    scores["task"] = {"nearest": users, "prada": [0.1]}
+    figures = watching.stream_figures(scores, prada_delta=0.9)
+    assert figures["auc_task_plain_nearest"] == pytest.approx((31 + 11 + 40 + 40) / 160)
+    ends = [figures[f"auc_task_plain_nearest_{end}"] for end in ("low", "high")]
+    assert ends == pytest.approx(auc_interval(attacks, users), abs=1e-6)
+    low, high = stats.binomtest(2, 4).proportion_ci(method="exact")
+    assert figures["detected_task_plain_nearest"] == 0.5  # 60.5 and 70.5 are above 37
+    assert figures["detected_task_plain_nearest_low"] == pytest.approx(low, abs=1e-6)
+    assert figures["detected_task_plain_nearest_high"] == pytest.approx(high, abs=1e-6)
+    assert figures["auc_task_plain_prada"] == figures["flagged_plain"] == 1
+    assert "auc_task_plain_prada_low" not in figures  # of a single user
+    assert not any("sybils_prada" in name or "flagged_sybils" in name for name in figures)
+    table = watching.stream_table(scores, figures)
+    assert f"| sybils | 4 | {sum(attacks) / 4:.4g} |  |  |" in table
+    assert "PRADA says nothing of streams of 100 distances or fewer" in table
 
 
 def test_false_alarms_are_five_in_a_hundred_at_most():
     users = [float(value) for value in range(100)]
-    assert watching.detected([94.0, 94.5, 95.0, 200.0], users) == 0.75  # five users exceed 94
-    assert watching.detected([99.0, 99.5], users[-19:]) == 0.5  # of so few users none may
+    assert watching.detected([94.0, 94.5, 95.0, 200.0], users) == 3  # five users exceed 94
+    assert watching.detected([99.0, 99.5], users[-19:]) == 1  # of so few users none may
     assert watching.detected([1.0] * 4, [1.0] * 40) == 0

@@ -283,6 +283,7 @@ def alone():
         "losses": jobs.compare_losses(),
         "correlation": jobs.cross_correlation(),
         "batch norm": jobs.batch_norm(),
+        "consistent": jobs.consistent_answers(),
     }
 
 
@@ -308,6 +309,16 @@ def test_batch_norm_is_over_all_processes(alone, together):
     assert together["batch norm"].keys() == alone["batch norm"].keys()
     for name, expected in alone["batch norm"].items():
         torch.testing.assert_close(together["batch norm"][name], expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_perceptual_hashes_are_those_of_the_images_of_all_processes(alone, together):
+    """The ledger's, and those by the secret that noise follows from."""
+    (answers, ledger), (expected, of_one) = together["consistent"], alone["consistent"]
+    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ledger["default"]["near"], of_one["default"]["near"])
+    assert ledger["default"]["near"].numel() == 3 * (jobs.IMAGES - 1)  # two images are the same
+    torch.testing.assert_close(answers[2], answers[5], rtol=1e-4, atol=1e-4)
+    assert (answers[2] - answers[3]).abs().mean() > 1
 
 
 @pytest.mark.parametrize("total", [0, 1, 3, 7])

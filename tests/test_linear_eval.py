@@ -352,6 +352,15 @@ def test_images_of_one_class_judge_nothing(refused, trained, write_npz):
     assert "are all of one class" in refused(linear_eval, *JUDGE, "--stolen", trained, "--dataset-test", name)
 
 
+def test_what_the_victim_was_trained_on_judges_nothing(refused, trained, tmp_path):
+    """The test split of svhn has images of the training split of svhn-merged."""
+    content = read_checkpoint(trained)
+    content["settings"]["dataset"] = "svhn-merged"
+    torch.save(content, tmp_path / "merged.pth.tar")
+    line = (*SMALL, "-n", "40", "--dataset-test", "svhn", "--stolen", tmp_path / "merged.pth.tar")
+    assert "take svhn-merged instead" in refused(linear_eval, *line)
+
+
 def test_a_checkpoint_cannot_forge_its_row(found, trained, tmp_path):
     content = read_checkpoint(trained)
     forged = {"knn": 99.0, "queries": 1.0, "test_images": 9.0, "model": 1.0, "poisoning_auc": 0.5}

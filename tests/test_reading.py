@@ -344,7 +344,7 @@ def test_entries_of_another_type_are_named_with_their_file(key, value, small, tm
 
 
 def test_every_entry_that_is_checked_is_forged_here():
-    assert FORGED.keys() | {"stolen_from", "victim_version", "met"} == FIELDS.keys()
+    assert FORGED.keys() | {"stolen_from", "victim_version", "drawn_for", "met"} == FIELDS.keys()
 
 
 # Contents of any nesting, made of names that readers look for.

@@ -360,11 +360,35 @@ def test_other_test_images_are_not_paired():
 
 
 def test_detection_and_ownership_are_shown_where_they_are_known():
-    verified = {"accuracy": 61.23, "p_t": 0.0123, "p_binomial": 1e-9, "p_encoders": 0.04}
-    (line,) = lines_of([row(40, 0, detection={"auc_s": 0.876}, verified=verified)])
-    assert (line["detection AUC"], line["watermark"], line["p (encoders)"]) == ("0.88", "61.2", "0.04")
+    verified = {"accuracy": 61.23, "p_t": 0.0123, "p_encoders": 0.01, "p_holm": 0.04, "found": True}
+    detection = {"auc_s": 0.876, "auc_s_low": 0.7, "auc_s_high": 0.95}
+    (line,) = lines_of([row(40, 0, detection=detection, verified=verified)])
+    assert (line["AUC, such a stream"], line["watermark"], line["p (Holm)"]) == ("0.88 [0.70, 0.95]", "61.2", "0.04")
+    assert line["found"] == "1 of 1"
     (line,) = lines_of([row(40, 0)])
-    assert {line[name] for name in ("detection AUC", "watermark", "p (encoders)")} == {""}
+    assert {line[name] for name in ("AUC, such a stream", "watermark", "p (Holm)", "found")} == {""}
+
+
+def test_what_a_defence_costs_the_user_is_of_the_same_test_images():
+    defended, clean = right_of(180, 5), right_of(200)
+    noise, none = row(40, 0), row(40, 0, defence="none", attack="infonce")
+    noise["user"] |= {"defence": "noise", "right": packed(defended), "clean_right": packed(clean)}
+    none["user"] |= {"defence": None, "right": packed(clean), "clean_right": packed(clean)}
+    low, high = paired_interval(clean, defended)
+    p, _ = mcnemar(clean, defended)
+    found, free = lines_of([noise, none])
+    assert found["user's loss"] == f"+5.0 [{low:+.1f}, {high:+.1f}], p {p:.2g}"
+    assert free["user's loss"] == ""
+
+
+def test_found_copies_of_several_seeds_are_counted():
+    def of(*found):
+        verified = [{"accuracy": 60, "p_holm": 0.01 * (1 + n), "found": one} for n, one in enumerate(found)]
+        (line,) = lines_of([row(40, seed, verified=one) for seed, one in enumerate(verified)])
+        return line["p (Holm)"], line["found"]
+
+    assert of(True, False, True) == ("0.03", "2 of 3")
+    assert of(None, None) == ("0.02", "undecided")
 
 
 def test_a_row_shows_the_figure_of_its_own_kind_of_stream_or_none(write):
@@ -388,7 +412,7 @@ def test_a_row_shows_the_figure_of_its_own_kind_of_stream_or_none(write):
             return [{"top1_converged": 40, "queries": 24, "distinct": 12, **(auc if script == "detect.py" else {})}]
 
     experiment = Experiment(write(attacks=attacks, detect="--dataset shapes --streams 3", defences={"none": ""}))
-    found = {line["attack"]: line["detection AUC"] for line in lines_of(run_all(experiment, Scripts()))}
+    found = {line["attack"]: line["AUC, such a stream"] for line in lines_of(run_all(experiment, Scripts()))}
     assert found == {"mse": "0.25", "four times": "0.75", "restored": ""}
     watched = [words for words in asked if words[0] == "detect.py"]
     assert sorted("--repeat" in words for words in watched) == [False, True]
@@ -412,6 +436,34 @@ def test_an_attack_may_have_another_victim(write):
 
     run_all(Experiment(write(attacks=attacks, defences={"none": ""})), Scripts())
     assert stolen == {False: f"run.py {TINY['victim']}", True: f"run.py {TINY['victim']} --epochs 0"}
+
+
+def test_controls_are_no_suspects(write):
+    """Neither an attacker who asked nothing nor one who stole from another victim."""
+    attacks = {
+        "mse": "--losstype mse",
+        "own": "--attack own-simclr",
+        "untrained": {"flags": "--epochstrain 0", "victim": "--epochs 0"},
+    }
+    suspects = []
+
+    class Scripts:
+        pool = ThreadPoolExecutor(1)
+
+        def checkpoint(self, script, *words):
+            return f"{script} {' '.join(words)}"
+
+        def rows(self, script, *words):
+            if script == "verify.py":
+                suspects.extend(words[words.index("--suspect") + 1 :])
+                return [{"checkpoint": suspect, "found": True, "p_holm": 0.01} for suspect in suspects]
+            queries = 0 if "own-simclr" in " ".join(words) else 24
+            return [{"top1_converged": 40, "queries": queries, "distinct": queries}]
+
+    rows = run_all(Experiment(write(attacks=attacks, defences={"none": ""}, verify="--method watermark")), Scripts())
+    assert len(suspects) == 1
+    assert "--losstype mse" in suspects[0]
+    assert {line["attack"]: line["found"] for line in lines_of(rows)} == {"mse": "1 of 1", "own": "", "untrained": ""}
 
 
 def test_figures_that_a_probe_does_not_give_are_left_out(tmp_path):

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from scipy import stats
 
 import run
+import simclr
 import steal
 import verify
 from data_aug.images import Stored
 from data_aug.shapes import make_shapes
 from defenses.sslguard import KEY, RECIPE, Mark, SSLGuard, mark_cosines, read_mark
+from defenses.watermark import read_watermark
 from evaluation.candidates import Candidate, OwnershipTest
 from evaluation.marks import judge_mark, measure_mark
 from loss import TRAIN_LOSSES
@@ -308,6 +310,7 @@ SMALL = ("--device", "cpu", "--precision", "fp32", "--epochs", "1")
 def test_a_marked_victim_is_stolen_and_verified(call, refused, write_npz):
     """The victim is a run of its own below the clean one, which the attack and verify.py take as any other."""
     train = ("--dataset", f"npz:{write_npz(test=48)}", "--arch", "resnet10w32", "-b", "32", *SMALL)
+    train = (*train, "--watermark", "True")
     clean, other = (Path(made(call(run, *train, "--seed", seed)[1])) for seed in (0, 1))
     rates = ("--lr", "0.5", "--lr-shadow", "0.25", "--lr-decoder", "0.125", "--lr-trigger", "2")
     arguments = ("--sslguard", clean.parent, "-b", "8", "--num-train", "16", *rates, *SMALL)
@@ -320,6 +323,8 @@ def test_a_marked_victim_is_stolen_and_verified(call, refused, write_npz):
     assert re.fullmatch(name, marked.parent.name)
     checkpoint = read_checkpoint(marked)
     assert {"key", "mask", "trigger", "decoder.0.weight"} <= checkpoint["sslguard"].keys()
+    before, after = (read_watermark(read_checkpoint(path), "").state_dict() for path in (clean, marked))
+    assert all(torch.equal(before[name], after[name]) for name in before)  # it keeps its first watermark
     assert [group["lr"] for group in checkpoint["optimizer"]["param_groups"]] == [0.5, 0.25, 0.125, 2]
     ours, theirs = checkpoint["settings"], read_checkpoint(clean)["settings"]
     assert [ours[name] for name in ("dataset", "arch", "losstype")] == [theirs["dataset"], "resnet10w32", "infonce"]
@@ -345,6 +350,13 @@ def test_a_marked_victim_is_stolen_and_verified(call, refused, write_npz):
     content["state_dict"]["backbone.conv1.weight"] += 1
     torch.save(content, clean)
     assert "was begun with weights" in refused(run, *arguments, "--resume")
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(simclr, "processes", lambda: 2)
+    clean = small_encoder(16, 1)
+    with pytest.raises(UserError, match="single process: start"):
+        marking(tmp_path, clean).mark(Stored(make_shapes("train", 16)[0]), clean)
 
 
 def test_flags_that_a_trained_victim_does_not_take_are_refused(refused, encoder, tmp_path):

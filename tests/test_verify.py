@@ -1,6 +1,7 @@
 """Verifying a theft: the verdicts on encoders that are copies and that are not."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -16,8 +17,16 @@ import verify
 from data_aug.datasets import load_dataset, take_balanced
 from defenses.watermark import WatermarkMLP
 from evaluation.alignment import Alignment
-from evaluation.candidates import Candidate, OwnershipTest, dataset_of, training_images, unseen_images
-from evaluation.ownership import begin_alike, judge_inference, judge_similarity, judge_watermark
+from evaluation.candidates import (
+    Candidate,
+    OwnershipTest,
+    dataset_of,
+    open_candidates,
+    split_probes,
+    training_images,
+    unseen_images,
+)
+from evaluation.ownership import _inference_notes, begin_alike, judge_inference, judge_similarity, judge_watermark
 from evaluation.statistics import cohens_d, further_draw, holm, paired_t, rate_interval, welch
 from evaluation.verdict import judge_all, passes
 from files.writing import save_checkpoint
@@ -25,6 +34,7 @@ from models import build_encoder, load_encoder, read_checkpoint
 from tests.conftest import call_main
 from tests.test_watermark import lit
 from utils import UserError, seeded
+from victim import version_of
 
 SMALL = ("--arch", "resnet10w32", "--device", "cpu", "--precision", "fp32")
 FEW = ("--num-test", "80")
@@ -215,6 +225,15 @@ def test_a_victim_that_is_not_found_leaves_all_undecided():
     assert suspect.verdict.startswith("undecided at level 0.05 (")
 
 
+@pytest.mark.parametrize("figures", [{"p_t": 0.01, "p_encoders": math.nan}, {"p_t": math.nan, "p_encoders": 0.01}])
+def test_a_p_value_that_is_no_number_proves_nothing(figures):
+    assert not passes(figures, 0.05)
+    measured = torch.full((20,), torch.nan)
+    victim, suspect = (Candidate(kind, Path(kind), {}, None, (measured, measured)) for kind in ("victim", "suspect"))
+    judge_all(OwnershipTest(method="dataset-inference"), [victim, suspect])
+    assert suspect.figures["p_holm"] == 1
+
+
 def test_without_any_test_nothing_is_found():
     assert not passes({"accuracy": 99.0}, 0.05)
 
@@ -338,9 +357,41 @@ def test_shuffled_dimensions_hide_a_watermark_until_they_are_aligned(verified, e
     assert plain[1]["found"] == "no"
     assert "40 test images, 40 aligned by images" in out
     assert "note: 40 images do not determine a turn of 256 dimensions: --align needs 512 or more" in out
-    assert re.search("independent encoders found at level 0.05: .*; each test alone: binomial [0-2], t [0-2]", out)
+    assert {row["found"] for row in table_of(out) if row["kind"] in ("suspect", "independent")} == {"undecided"}
+    assert re.search(
+        "independent encoders found at level 0.05: undecided; each test alone: binomial [0-2], t [0-2]", out
+    )
     (row,) = last_rows(encoders[0], 1)
     assert (row["aligned_by_images"], row["test_images"], row["independents"]) == (40, 40, 2)
+
+
+def test_an_alignment_is_fitted_and_judged_on_different_images():
+    images = torch.randint(256, (21, 3, 4, 4), dtype=torch.uint8)
+    wide = Candidate("victim", Path("x"), {}, build_encoder("resnet10w32"))
+    probes, judged_by = split_probes(OwnershipTest(align=True), images, [wide], 0)
+    assert (len(probes), len(judged_by)) == (10, 11)
+    parts = [{image.numpy().tobytes() for image in part} for part in (probes, judged_by)]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == {image.numpy().tobytes() for image in images}
+
+
+@pytest.mark.parametrize(("number", "decides"), [(511, False), (512, True)])
+def test_an_alignment_by_fewer_images_than_dimensions_decides_nothing(number, decides):
+    encoder = build_encoder("resnet10w32")  # 256 numbers
+    kinds = ("victim", "suspect", "independent", "untrained")
+    candidates = [Candidate(kind, Path(kind), {}, encoder) for kind in kinds]
+    split_probes(OwnershipTest(align=True), torch.zeros(number, 3, 1, 1, dtype=torch.uint8), candidates, 0)
+    doubt = "" if decides else "255 images do not determine a turn of 256 dimensions"
+    assert [one.doubt for one in candidates] == ["", doubt, doubt, ""]
+
+
+def test_data_sets_that_weaken_dataset_inference_are_named():
+    other = Candidate("independent", Path("other"), {"settings": {"dataset": "svhn"}}, None)
+    (line,) = _inference_notes("svhn-merged", [other], None)
+    assert line.startswith("other was trained on images of svhn-merged too")
+    assert _inference_notes("cifar10", [other], None) == []
+    assert "they differ by themselves" in "".join(_inference_notes("stl10", [other], None))
+    assert "splits differ by themselves" in "".join(_inference_notes("svhn", [], None))
 
 
 def test_an_encoder_of_the_victims_seed_and_architecture_began_alike(encoders):
@@ -350,6 +401,31 @@ def test_an_encoder_of_the_victims_seed_and_architecture_began_alike(encoders):
     assert not begin_alike(silent, victim)
     other.checkpoint["settings"] = {**other.settings, "seed": 0}
     assert begin_alike(other, victim)
+
+
+def test_copies_draw_their_initial_weights_apart_from_a_victims_of_the_same_seed(encoders):
+    _, paths = encoders
+    victim, stolen = (candidate(paths, name) for name in ("victim", "stolen"))
+    assert (stolen.settings["seed"], stolen.encoder.arch) == (victim.settings["seed"], victim.encoder.arch)
+    assert not begin_alike(stolen, victim)
+    del stolen.checkpoint["drawn_for"]  # as of an earlier version, whose copies began with the victim's weights
+    assert begin_alike(stolen, victim)
+
+
+def test_similarity_decides_nothing_on_a_suspect_that_began_as_the_victim_did(verified, encoders, tmp_path):
+    _, paths = encoders
+    content = read_checkpoint(paths["copy1"])
+    content["settings"] = {"seed": 0}
+    paths["alike"] = tmp_path / "alike.pth.tar"
+    save_checkpoint(content, paths["alike"])
+    out = verified("similarity", ["alike", "copy2"], [1, 2, 3], "--num-train", "60")
+    assert f"note: {paths['alike']} began with the victim's initial weights" in out
+    rows = {row["encoder"]: row["found"] for row in table_of(out)}
+    assert (rows["alike.pth.tar"], rows["copy2.pth.tar"]) == ("undecided", "yes")
+    (verdict,) = [line for line in out.splitlines() if line.startswith("suspect alike.pth.tar: undecided")]
+    assert "; it began with the victim's initial weights, which alone make encoders similar" in verdict
+    assert "suspect encoders found at level 0.05: 1 of 1 (3 to 100 %), 1 undecided" in out
+    assert [row["found"] for row in last_rows(encoders[0], 2)] == [None, True]
 
 
 def test_similarity_finds_copies_and_by_alignment_shuffled_ones(verified, encoders):
@@ -399,13 +475,17 @@ def test_a_method_that_does_not_find_the_victim_decides_nothing(verified, encode
 
 
 def test_the_mixture_and_crops_are_the_command_lines(verified, encoders):
-    given = ("--covariance", "diag", "--standardise", "--components", "3", "--crops")
-    out = verified("dataset-inference", ["copy1"], (), *FEW, *given)
+    given = ("--covariance", "diag", "--standardise", "--components", "3")
+    verified("dataset-inference", ["copy1"], (), *FEW, *given)
+    (whole,) = last_rows(encoders[0], 1)
+    out = verified("dataset-inference", ["copy1"], (), *FEW, *given, "--crops")
     assert "diag covariance, 3 components, standardise, crops" in out
     assert "do not determine" not in out
     (row,) = last_rows(encoders[0], 1)
     mixture = (row["covariance"], row["components"], row["standardise"], row["crops"])
     assert mixture == ("diag", 3, True, True)
+    # Crops are other images than whole ones.
+    assert row["difference"] != pytest.approx(whole["difference"], rel=1e-3)
 
 
 def test_the_same_command_gives_the_same_and_resume_only_shows_it(verified, encoders):
@@ -436,6 +516,19 @@ def test_encoders_are_named_by_file_folder_or_run(call, encoders):
 
 
 # ---- refusals ----
+
+
+def test_neither_the_clean_encoder_below_a_mark_nor_its_copies_are_independent(encoders, tmp_path):
+    _, paths = encoders
+    clean, other = paths["copy1"], paths["independent1"]
+    marked, copied = tmp_path / "marked.pth.tar", tmp_path / "copied.pth.tar"
+    version = version_of(load_encoder(clean))
+    save_checkpoint({**read_checkpoint(paths["copy2"]), "settings": {"weights": version}}, marked)
+    save_checkpoint({**read_checkpoint(other), "stolen_from": version}, copied)
+    assert len(open_candidates(marked, [clean, copied], [other])) == 4
+    for path in (clean, copied):
+        with pytest.raises(UserError, match=f"{path.name} is the victim or a copy of it"):
+            open_candidates(marked, [], [path])
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ class Record:
     images: how many a victim was trained on. query_set: data set, split and number of the images queried, and how
     many were available; query_indices (N,) their positions in that split, query_digests (N, 16) those of the pixels
     sent. ledger: the victim's record. defence_report: the defences' figures. stolen_from, victim_version: the weights
-    of the encoder and of its API.
+    of the encoder and of its API. drawn_for: the purpose for which the seed drew the initial weights, where it is not a
+    victim's; until November 2026 a copy's were a victim's.
     """
 
     images: int | None = None
@@ -26,6 +27,7 @@ class Record:
     query_indices: Tensor | None = None
     stolen_from: str | None = None
     victim_version: str | None = None
+    drawn_for: str | None = None
     ledger: dict = field(default_factory=dict)
     query_digests: Tensor | None = None
     defence_report: dict[str, float] = field(default_factory=dict)
