@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks import victims
 from data_aug.datasets import DATASETS, canonical_name, check_name, load_training
 from defenses.dataset_inference import Mixture, published_mixture
+from evaluation.alignment import Aligned, Alignment
 from evaluation.fidelity import untrained_like
 from evaluation.test_images import load_test
 from files.reading import checked, number, optional, text
@@ -218,3 +219,22 @@ def split_probes(test: OwnershipTest, images: Tensor, candidates: Sequence[Candi
                 candidate.doubt = candidate.doubt or f"{half} images do not determine a turn of {widest} dimensions"
     order = torch.randperm(len(images), generator=generator(seed, "alignment"))
     return images[order[:half]], images[order[half:]]
+
+
+def in_victims_coordinates(
+    test: OwnershipTest, images: Tensor, candidates: Sequence[Candidate], precision: Precision, seed: int
+) -> tuple[Tensor, Callable[[Candidate], nn.Module], dict[str, int]]:
+    """The images to judge, what gives each candidate's encoder, and the number of images that it was aligned by.
+
+    With --align half of the images fit the map from a candidate's representations to the victim's. Without it the
+    encoders are as they are, and all images are judged.
+    """
+    probes, images = split_probes(test, images, candidates, seed)
+    if not test.align:
+        return images, lambda candidate: candidate.encoder, {}
+    target = represent_by(candidates[0], probes, precision)
+
+    def aligned(candidate: Candidate) -> nn.Module:
+        return Aligned(candidate.encoder, Alignment(represent_by(candidate, probes, precision), target))
+
+    return images, aligned, {"aligned_by_images": len(probes)}

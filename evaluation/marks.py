@@ -12,15 +12,13 @@ from data_aug.datasets import load_dataset, load_training
 from data_aug.images import Stored
 from defenses.sslguard import READ, RECIPE, Mark, SSLGuard, check_fits, mark_cosines, mark_line, read_mark
 from defenses.watermark import EARLIER_KEY, WatermarkMLP
-from evaluation.alignment import Aligned, Alignment
 from evaluation.candidates import (
     Candidate,
     Figures,
     Measured,
     OwnershipTest,
     dataset_of,
-    represent_by,
-    split_probes,
+    in_victims_coordinates,
     unseen_images,
 )
 from evaluation.statistics import cohens_d, further_draw, paired_t, sign_test
@@ -105,16 +103,12 @@ def measure_mark(
     for candidate in candidates[:1] if test.align else candidates:
         check_fits(mark, candidate.encoder, str(candidate.path))
     images = unseen_images(test, dataset_of(test, victim), root, candidates)
-    probes, images = split_probes(test, images, candidates, seed)
-    target = represent_by(victim, probes, precision) if test.align else None
+    images, encoder_of, counts = in_victims_coordinates(test, images, candidates, precision, seed)
 
     def measure(candidate: Candidate) -> Measured:
-        encoder = candidate.encoder
-        if target is not None:
-            encoder = Aligned(encoder, Alignment(represent_by(candidate, probes, precision), target))
-        return mark_cosines(encoder, mark, images, precision)
+        return mark_cosines(encoder_of(candidate), mark, images, precision)
 
-    return measure, {"test_images": len(images), **({"aligned_by_images": len(probes)} if test.align else {})}
+    return measure, {"test_images": len(images), **counts}
 
 
 def judge_mark(measured: Measured, others: Sequence[Measured]) -> Figures:

@@ -10,7 +10,7 @@ from torch import Tensor
 from data_aug.datasets import same_source
 from defenses.dataset_inference import halves, log_likelihoods, random_crops, under_determined
 from defenses.watermark import check_width, read_watermark, watermark_scores
-from evaluation.alignment import Aligned, Alignment
+from evaluation.alignment import Alignment
 from evaluation.candidates import (
     SIMILARITY_IMAGES,
     Candidate,
@@ -18,6 +18,7 @@ from evaluation.candidates import (
     Measured,
     OwnershipTest,
     dataset_of,
+    in_victims_coordinates,
     represent_by,
     split_probes,
     training_images,
@@ -48,18 +49,14 @@ def measure_watermark(
         if not test.align:
             check_width(mlp, candidate.encoder, str(candidate.path))
     images = unseen_images(test, dataset_of(test, victim), root, candidates)
-    probes, images = split_probes(test, images, candidates, seed)
-    target = represent_by(victim, probes, precision) if test.align else None
+    images, encoder_of, counts = in_victims_coordinates(test, images, candidates, precision, seed)
 
     def measure(candidate: Candidate) -> Measured:
-        encoder = candidate.encoder
-        if target is not None:
-            encoder = Aligned(encoder, Alignment(represent_by(candidate, probes, precision), target))
-        right, probability = watermark_scores(encoder, mlp, images, precision, seed)
+        right, probability = watermark_scores(encoder_of(candidate), mlp, images, precision, seed)
         # The two versions of an image are not independent draws, so they are averaged.
         return right.view(2, -1), probability.view(2, -1).mean(dim=0)
 
-    return measure, {"test_images": len(images), **({"aligned_by_images": len(probes)} if test.align else {})}
+    return measure, {"test_images": len(images), **counts}
 
 
 def judge_watermark(measured: Measured, others: Sequence[Measured]) -> Figures:
