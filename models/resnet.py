@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.convolution import Conv2d
+
 
 @dataclass(frozen=True)
 class Stem:
@@ -33,9 +35,7 @@ STEMS = {
 def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     if stride == 1 and channels_in == channels_out:
         return nn.Sequential()
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False), nn.BatchNorm2d(channels_out)
-    )
+    return nn.Sequential(Conv2d(channels_in, channels_out, 1, stride=stride, bias=False), nn.BatchNorm2d(channels_out))
 
 
 class BasicBlock(nn.Module):
@@ -45,9 +45,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, channels_in: int, width: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(channels_in, width, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = _shortcut(channels_in, width, stride)
 
@@ -65,11 +65,11 @@ class Bottleneck(nn.Module):
     def __init__(self, channels_in: int, width: int, stride: int):
         super().__init__()
         channels_out = self.expansion * width
-        self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
+        self.conv1 = Conv2d(channels_in, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, channels_out, 1, bias=False)
+        self.conv3 = Conv2d(width, channels_out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels_out)
         self.shortcut = _shortcut(channels_in, channels_out, stride)
 
@@ -92,7 +92,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = stem
         first = STEMS[stem]
-        self.conv1 = nn.Conv2d(3, width, first.kernel, stride=first.stride, padding=first.padding, bias=False)
+        self.conv1 = Conv2d(3, width, first.kernel, stride=first.stride, padding=first.padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
         for stage, count in enumerate(blocks):
