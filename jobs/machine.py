@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.meeting import set_up_job
+from jobs.memory import keep_freed_memory
 from jobs.place import Processes, refuse_several
 from settings import Command, Settings, read_switch, setting
 from utils import Precision, UserError, choose_device
@@ -103,6 +104,8 @@ def set_up(command: Command) -> tuple[Machine, Precision]:
         torch.set_float32_matmul_precision("high")
         if device.index is not None:
             torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     return machine, Precision.choose(machine.precision, device)
 
 
