@@ -1,40 +1,10 @@
-"""Speed relative to a reference in the same run: the two alternate, so that a machine's drift affects both."""
+"""Speed relative to a reference in the same run: `python -m benchmarks` runs the rows that `__main__` lists.
 
-import statistics
-import time
-from collections.abc import Callable
-
-import torch
-
-from utils import Precision, choose_device
-
-
-def timings(rounds: int, warm_up: int = 1, **tasks: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each task in each of `rounds` alternating rounds, after `warm_up` calls of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(warm_up + rounds):
-        for name, task in tasks.items():
-            synchronise()
-            started = time.perf_counter()
-            task()
-            synchronise()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: values[warm_up:] for name, values in seconds.items()}
-
-
-def alternate(rounds: int, **tasks: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each task over `rounds` alternating rounds, after a warm-up call of each."""
-    return {name: statistics.median(values) for name, values in timings(rounds, **tasks).items()}
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def set_up(words: str) -> Precision:
-    """The precision that --precision auto selects on this machine; prints it, the machine and the words."""
-    precision = Precision.choose("auto", choose_device())
-    kind = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else kind}, {precision.name}, {words}")
-    return precision
+timing    ways of doing the same work, in turn       steps     a training step, its parts, its views
+row       a row's figures, ratios and targets        views     random views alone, and each operation
+machine   the machine, its clock and its peak        stealing  an attack as of 2022 and as here
+memory    peak memory                                probes    linear evaluation; a converged probe
+report    the file of results and its table          start     seconds until the first step
+peers     the same training by other software        growth    cost as the work grows
+defences  what each defence adds to an answer        scaling   a step in several processes
+"""

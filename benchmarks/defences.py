@@ -1,23 +1,22 @@
-"""The time that each defence adds to a victim's answers: seconds, and their ratio to the encoder's.
+"""The row of the time that each defence adds to a victim's answers.
 
-python -m benchmarks.defences [--arch resnet34] [--queries 512] [--memory 10000] [--out-dim 128] [--rounds 5]
-
-The encoder answers a call of --queries images; each defence, at its defaults, then changes these answers. Poisoning's
-memory is full, and its time includes the head whose projections it compares.
+The encoder answers a call; each defence, at its defaults, then changes these answers. Poisoning's memory is full, and
+its time includes the head whose projections it compares.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import alternate, set_up
-from data_aug.datasets import load_dataset, to_float
+from benchmarks.row import Ratio, make_row
+from benchmarks.steps import pictures
+from benchmarks.timing import Contest, Effort
+from data_aug.datasets import to_float
 from defenses import DEFENCES, Call
 from defenses.poisoning import Poisoning
-from models import arch_name, build_encoder
-from settings import Parser, Settings, setting
+from models import build_encoder
 from utils import seeded
 from victim import image_digests
 
@@ -30,23 +29,14 @@ def full_poisoning(earlier: Tensor, project: Callable[[Tensor], Tensor], size: i
     return defence
 
 
-@dataclass(frozen=True)
-class Timed(Settings):
-    arch: str = setting("resnet34", "architecture", read=arch_name)
-    queries: int = setting(512, "queries in a call", at_least=1)
-    memory: int = setting(10_000, "earlier queries that poisoning remembers", at_least=1)
-    out_dim: int = setting(128, "width of the projections that poisoning compares", at_least=1)
-    rounds: int = setting(5, "timings of each defence", at_least=1)
-
-
 @torch.no_grad()
-def main() -> None:
-    args = Parser(__doc__, [Timed]).parse().use(Timed)
-    images = load_dataset("shapes")[0][: args.queries]
-    precision = set_up(f"{args.arch}, {len(images)} queries, poisoning with {args.memory} x {args.out_dim} in memory")
+def defences(effort: Effort, arch: str) -> dict[str, Any]:
+    """The row: milliseconds for a call of the encoder, and of each defence after it."""
+    count, remembered, width = effort.size(512, 512, 4), effort.size(10_000, 10_000, 10), 128
+    images, precision = pictures(count), effort.precision
     with seeded(0):
-        encoder = build_encoder(args.arch, args.out_dim).eval()
-        earlier = torch.randn(args.memory, encoder.dim).to(precision.device)
+        encoder = build_encoder(arch, width).eval()
+        earlier = torch.randn(remembered, encoder.dim).to(precision.device)
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
     digests = image_digests(images)
     floats = to_float(images.to(precision.device)).contiguous(memory_format=precision.memory_format)
@@ -59,17 +49,21 @@ def main() -> None:
         with precision.autocast():
             return encoder(floats)
 
-    def task(name: str, h: Tensor) -> Callable[[], object]:
+    h = represent().float()
+
+    def task(name: str) -> Callable[[], object]:
         defence = full_poisoning(earlier, project) if name == "poisoning" else DEFENCES[name]()
         # A new Call each time: a Call keeps the projections that were computed for it.
-        return lambda: defence(h, Call(digests, h, project, first=args.memory))
+        return lambda: defence(h, Call(digests, h, project, first=remembered))
 
-    h = represent().float()
-    seconds = alternate(args.rounds, encoder=represent, **{name: task(name, h) for name in DEFENCES})
-    print("| | seconds | of the encoder's |\n|---|---|---|")
-    for name, value in seconds.items():
-        print(f"| {name} | {value:.4f} | {value / seconds['encoder']:.4f} |")
-
-
-if __name__ == "__main__":
-    main()
+    contest = Contest(effort)
+    contest.add("encoder", lambda: represent, repeat=True)
+    for name in DEFENCES:
+        contest.add(name, lambda name=name: task(name))
+    contest.run()
+    ratios = [Ratio("encoder", name) for name in DEFENCES]
+    notes = (
+        "ratio: the defence's time as a share of the encoder's",
+        f"poisoning remembers {remembered:,} queries and compares projections of {width} numbers",
+    )
+    return make_row(f"Defences, {count} queries, {arch}", contest, "ms", ratios, notes)

@@ -1,20 +1,25 @@
 """The cost of a step of stealing in several processes: measured here for a few, computed for many GPUs.
 
 python -m benchmarks.scaling                      # starts 1, 2 and 4 processes on this machine's CPU; prints tables
+python -m benchmarks --rows growth-processes      # the measured part as a row
 python -m benchmarks.scaling --arch resnet18-imagenet --size 64 --batch-size 32
 """
 
 import json
-import subprocess
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.row import Ratio, make_row
+from benchmarks.timing import Contest, Effort, Missing, child, reason
 from jobs.ending import script
 from jobs.exchange import barrier, parallel, processes, share, whole_batch
 from jobs.meeting import set_up_job
@@ -26,6 +31,7 @@ from utils import Precision, seeded
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 PER_NODE = 4
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class Scaling(Settings):
     title = "benchmark"
 
 
-def measure(args: Scaling, precision: Precision) -> dict[str, float]:
-    """Seconds of a step with InfoNCE on the job's batch, and of each of its exchanges separately."""
+def measure(args: Scaling, precision: Precision) -> dict[str, list[float]]:
+    """Seconds, by round, of a step with InfoNCE on the job's batch, and of each of its exchanges separately."""
     width = build_encoder(args.arch).dim
     with seeded(0):
         copy = build_copy(args.arch, width).to(memory_format=precision.memory_format)
@@ -85,15 +91,43 @@ def channels_of(network: nn.Module) -> list[int]:
     return [layer.num_features for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
-def seconds_of(work: Callable[[], None], rounds: int) -> float:
-    """Median seconds of `rounds` calls, after a warm-up call."""
+def seconds_of(work: Callable[[], None], rounds: int) -> list[float]:
+    """Seconds of each of `rounds` calls, after a warm-up call."""
     times = []
     for _ in range(rounds + 1):
         barrier()
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    return sorted(times[1:])[rounds // 2]
+    return times[1:]
+
+
+def in_processes(count: int, flags: Sequence[str]) -> dict[str, list[float]]:
+    """What `measure` finds in a job of so many processes of this machine's CPU, with these flags."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = child([*launch, "-m", "benchmarks.scaling", *flags, "--dist-backend", "gloo", "--measure"], cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{count} processes ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def growth_processes(effort: Effort) -> dict[str, Any]:
+    """The row of a step of stealing in 1, 2 and 4 processes of the CPU, one thread each: seconds."""
+    side, batch = effort.size((64, 32), (64, 32), (32, 4))
+    arch = effort.size("resnet18-imagenet", "resnet18-imagenet", "resnet10w32-imagenet")
+    flags = ["--arch", arch, "--size", str(side), "--batch-size", str(batch), "--rounds", str(effort.rounds)]
+    contest, counts = Contest(effort), effort.size((1, 2, 4), (1, 2, 4), (1, 2))
+    for count in counts:
+        name = f"{count} process" + "es" * (count > 1)
+        contest.names.append(name)
+        try:
+            contest.seconds[name] = in_processes(count, flags)["step"]
+        except (RuntimeError, Missing) as error:
+            contest.missing[name] = reason(error)
+    ratios = [Ratio(f"{count} processes", "1 process") for count in counts[1:]]
+    notes = ("by gloo, on the CPU; one after the other, not in turn: each count is a job of its own",)
+    title = f"A step in several processes, {arch}, {side} px, a batch of {batch} in all"
+    return make_row(title, contest, "s", ratios, notes)
 
 
 def kept_for_backward(arch: str, size: int) -> float:
@@ -160,10 +194,7 @@ def main() -> None:
     print(f"{args.arch}, {args.size} x {args.size}, {args.batch_size} images in a batch, {precision}, a thread each\n")
     print("| processes | step, s | gradients, s | features, s | batch norms, s |\n|---|---|---|---|---|")
     for count in (1, 2, 4):
-        module = ["-m", "benchmarks.scaling", *sys.argv[1:], "--measure"]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        done = subprocess.run([*launch, *module], capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        found = {name: statistics.median(values) for name, values in in_processes(count, sys.argv[1:]).items()}
         parts = (f"{found[name]:.3f}" if name in found else "" for name in ("gradients", "features", "batch norms"))
         print(f"| {count} | {found['step']:.2f} | {' | '.join(parts)} |", flush=True)
     print("\n".join(["", "ResNet-50, 224 x 224, batch 512, computed:", "", *computed(args)]))
