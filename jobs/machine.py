@@ -30,6 +30,9 @@ class Machine(Settings):
     """What a run is computed on, where it goes, and whether it goes on from an earlier run."""
 
     checkpoint_dir: Path = setting(Path("checkpoints"), "root of all runs", named=False)
+    run_dir: Path | None = setting(
+        None, "folder of this run", named=False, otherwise="one below --checkpoint-dir, named by the settings"
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", named=False)
     gpu_index: int = setting(
         0,

@@ -180,6 +180,23 @@ def test_a_run_is_resumed_with_its_settings_only(tmp_path, capsys):
         assert f"was begun with {name} {value}, not " in error
 
 
+def test_a_run_may_have_a_folder_of_its_own(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    words = ["--checkpoint-dir", str(tmp_path), "--run-dir", str(folder)]
+    assert name_of(*words) == name_of(), "the folder is no part of a run's name"
+    made = open_run(run.parse(words), tmp_path, FP32)
+    made.start()
+    made.add_row({"top1": 1.0})
+    made.finish()
+    assert made.folder == folder
+    assert {path.name for path in folder.iterdir()} > {"config.yml", "metrics.jsonl", "run.log"}
+    (line,) = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert line["run"] == "mine"
+    assert open_run(run.parse([*words, "--resume"]), tmp_path, FP32).done()
+    with pytest.raises(UserError, match="mine was begun with epochs 200, not 3"):
+        open_run(run.parse([*words, "--epochs", "3", "--resume"]), tmp_path, FP32)
+
+
 def test_a_checkpoint_that_is_gone_on_from_says_what_differs(tmp_path, capsys):
     call_main(run, tmp_path, tmp_path, *TINY)
     (checkpoint,) = tmp_path.glob("checkpoints/*/checkpoint.pth.tar")

@@ -195,13 +195,15 @@ def read_config(path: Path) -> dict:
 
 
 def open_run(command: Command, parent: Path, precision: Precision, **more: Any) -> Run:
-    """The run of a command, in the folder of its name below `parent`, with everything in force for its config.yml.
+    """The run of a command, with everything in force for its config.yml.
+
+    It is in --run-dir or, without that, in the folder of its name below `parent`.
 
     `more` are further settings for config.yml, such as the file of the victim. UserError where the run is to be resumed
     and was begun with other settings; where there is nothing to resume, that is said.
     """
     settings = {name: plain(value) for name, value in {**command.config(), **more}.items()}
-    folder = parent / run_name(command)
+    folder = command.run_dir or parent / run_name(command)
     begun = folder / "config.yml" if command.resume is True else None
     before = read_config(begun) if begun and begun.exists() else {}
     threads = before.get("threads", 0)
