@@ -1,15 +1,18 @@
 # make setup   .venv with everything the scripts need       make demo   the whole story on embedded data, on CPU
 # make test    the checks and tests that CI runs            make slow   the other tests: whole commands, many processes
-# make clean   removes .venv
+# make tables  every experiment at demo scale            make clean  removes .venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test slow clean
+.PHONY: setup demo tables test slow clean
 
 setup: .venv/.runtime
 
 demo: .venv/.runtime
 	$(BIN)/python demo.py
+
+tables: .venv/.runtime
+	$(BIN)/python reproduce.py experiments/*.yaml --scale demo --jobs 2
 
 test: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,87 @@
+"""Claims of papers, checked against an experiment's results.
+
+    claims:
+      - claim: Contrastive losses steal best
+        of: judged.top1_converged        # the figure
+        more: {loss: infonce}            # is greater here ...
+        less: {loss: mse}                # ... than here
+        by: 0                            # by more than this; may be left out
+        at: {budget: 5000}               # further axes; those that are left out take their first value
+
+A claim holds where the 95 % interval of the difference lies above `by`, does not where it lies below, and is undecided
+otherwise. Without `less` the figure itself is compared with `by`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from experiments.grid import Grid, refuse_unknown
+from experiments.results import Estimate, Results
+from files.reading import Check, checked, list_of, number, table, text
+from utils import UserError
+
+_CLAIM: dict[str, Check] = {"claim": text(), "of": text(), "by": number()}
+_CLAIM |= {"more": table(), "less": table(), "at": table()}
+PARTS: dict[str, Check] = {"claims": list_of(table())}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an experiment says of a claim: holds, does not, undecided or not measured; and the evidence in words."""
+
+    claim: str
+    verdict: str
+    evidence: str
+    n: str
+
+
+def check_claims(grid: Grid) -> None:
+    """UserError for claims that the file does not say rightly."""
+    for position, claim in enumerate(grid.content.get("claims", []), 1):
+        where = f"{grid.path}: claim {position}"
+        refuse_unknown(claim, _CLAIM, where, needed={"claim", "of", "more"})
+        checked(claim, _CLAIM, where)
+        if claim["of"].partition(".")[0] not in grid.steps:
+            raise UserError(f"{where}: {claim['of']!r} is no STEP.NAME: steps are {', '.join(grid.steps)}")
+        for part in ("more", "less", "at"):
+            for axis, name in claim.get(part, {}).items():
+                if str(name) not in {value.name for value in grid.axes.get(axis, ())}:
+                    raise UserError(f"{where}: {part} {axis} {name}, which the experiment has not at this scale")
+
+
+def verdicts(grid: Grid, results: Results) -> list[Verdict]:
+    """The verdict on each claim."""
+    return [_verdict(claim, grid, results) for claim in grid.content.get("claims", [])]
+
+
+def _verdict(claim: Mapping, grid: Grid, results: Results) -> Verdict:
+    by = claim.get("by", 0)
+    first = {axis: values[0].name for axis, values in grid.axes.items()}
+    more, less = (
+        {**first, **{axis: str(name) for axis, name in {**claim.get("at", {}), **claim.get(part, {})}.items()}}
+        for part in ("more", "less")
+    )
+    here = results.estimate(claim["of"], more)
+    there = results.estimate(claim["of"], less) if "less" in claim else None
+    found = results.difference(claim["of"], more, less) if "less" in claim else here
+    if found is None:
+        return Verdict(claim["claim"], "not measured", "", "0")
+    shown = ", ".join(f"{axis} {name}" for axis, name in claim["more"].items())
+    words = f"{shown}: {_words(here)}"
+    if there:
+        other = ", ".join(f"{axis} {name}" for axis, name in claim["less"].items())
+        words += f"; {other}: {_words(there)}; difference {_words(found, '+')}"
+    return Verdict(claim["claim"], _decision(found, by), words + (f", to be above {by:g}" if by else ""), found.n)
+
+
+def _decision(found: Estimate, by: float) -> str:
+    if found.low is None:
+        return "undecided"
+    return "holds" if found.low > by else "does not" if found.high < by else "undecided"
+
+
+def _words(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None:
+        return "not measured"
+    ends = "" if estimate.low is None else f" [{estimate.low:{sign}.1f}, {estimate.high:{sign}.1f}]"
+    return f"{estimate.mean:{sign}.1f}{ends}"
