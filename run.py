@@ -2,11 +2,12 @@
 
 python run.py -data ./datasets --dataset cifar10 --epochs 200 --arch resnet34
 torchrun --nproc-per-node 4 run.py --dataset cifar10 --epochs 200 --arch resnet34
+python run.py --dataset cifar10 --preset modern      # a recipe of today
 python run.py --sslguard VICTIM          # puts SSLGuard's watermark into a trained victim
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jobs.early  # noqa: F401
 
@@ -24,7 +25,7 @@ from models import USUAL, arch_name, build_encoder
 from settings import Command, Parser, Settings, setting
 from simclr import SimCLR
 from training.objective import Loss, LossChoice
-from training.recipe import Protocol, Recipe
+from training.recipe import PRESETS, PresetChoice, Protocol, Recipe
 from training.run import open_run, relative
 from utils import seeded
 
@@ -59,10 +60,13 @@ class Train(Settings):
     title = "victim"
 
 
+OWNERS = (Data, Train, LossChoice, PresetChoice, Recipe, *TRAIN_LOSSES.values(), SSLGuard, Machine, Threads, Protocol)
+
+
 def make_parser() -> Parser:
     return Parser(
         __doc__,
-        [Data, Train, LossChoice, Recipe, *TRAIN_LOSSES.values(), SSLGuard, Machine, Threads, Protocol, Processes],
+        (*OWNERS, Processes),
         kind="victim",
         core=("dataset", "arch", "losstype", "epochs", "seed"),
         defaults={"epochs": 200},
@@ -75,9 +79,11 @@ def parse(line: Sequence[str] | None = None) -> Command:
     command.use_all(Data, Machine, Threads, Protocol, Processes)
     if command.victim:
         return use_marking(command)
-    loss = command.use(TRAIN_LOSSES[command.use(LossChoice).losstype])
+    preset, loss = PRESETS[command.preset], TRAIN_LOSSES[command.use(LossChoice).losstype]
+    views = command.use(PresetChoice, preset).views or loss.augment
+    loss = command.use(replace(loss, augment=views), preset)
     command.use(Train, {"n_views": loss.min_views})
-    command.use(Recipe, loss.presets, seed=command.seed, recipe=command.recipe)
+    command.use(Recipe, preset, loss.presets, seed=command.seed, recipe=command.recipe)
     command.refuse_idle()
     return command
 

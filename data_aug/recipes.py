@@ -55,6 +55,8 @@ VIEW_RECIPES = {
     "simclr": ViewRecipe(
         crop_area=(0.08, 1.0), flip_rate=0.5, jitter=(0.8, 0.8, 0.8, 0.2), grey_rate=0.2, blur_rate=1.0
     ),
+    # Chen et al. 2020, appendix B.9, for 32 x 32 pixels: no blur, and the jitter at half the strength.
+    "simclr-cifar": ViewRecipe(crop_area=(0.08, 1.0), flip_rate=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_rate=0.2),
     # Wu et al., ECCV 2024, as released: what the victim is sent, and what the copy sees.
     "rda-query": _rda(0.9),
     "rda-copy": _rda(0.75),

@@ -64,6 +64,7 @@ def encoder_row(
     asked_nothing = settings.get("attack") == OWN
     return {
         **{"model": modeltype, "arch": encoder.arch, "losstype": settings.get("losstype")},
+        "preset": settings.get("preset"),
         **{"attack": settings.get("attack"), **about},
         **rounded(scores),
         **attack_figures(Record.of(checkpoint), known=asked_nothing or modeltype not in ("stolen", "suspect")),

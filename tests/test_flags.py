@@ -27,7 +27,9 @@ SUPERVISED = ("--victimtype", "supervised", "--dataset-test", "cifar10")
 LARGE = ("--pretrained", "simsiam.pth.tar", "--size", "32", "-b", "8", "--epochs", "1", "--workers", "0")
 LARGE = (*LARGE, "--device", "cpu", "--arch", "resnet10w32")
 LARGE_STEAL = (*LARGE, "--datasetsteal", "imagenet", "--num_queries", "16")
+WARM = (("--epochs", "2"), "1")
 LARGE_SGD = {
+    "warmup_epochs": WARM,
     "schedule": (("--epochs", "3", "--flat-epochs", "1"), "constant"),
     **{"optimizer": "adam", "flat_epochs": (("--epochs", "2"), "2")},
     **{"lr": "0.5", "momentum": (("--epochs", "2"), "0.1"), "weight_decay": "0.1", "lars": None},
@@ -39,7 +41,7 @@ SGD, SYMMETRIZED = ("--optimizer", "sgd"), ("--losstype", "symmetrized", "-b", "
 
 # What leaves the result as it is: seen in the tests of resumption and of Run, in the last one here, and in every test.
 ELSEWHERE = {"help", "data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
-ELSEWHERE |= {"log_every_n_steps", "fp16_precision", "print_freq", "evaluate", "compile"}
+ELSEWHERE |= {"log_every_n_steps", "fp16_precision", "print_freq", "evaluate", "compile", "run_dir"}
 # Several processes: seen in test_stopping.py and test_distributed.py.
 ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"}
 
@@ -97,6 +99,7 @@ EFFECTS = {
             **MACHINE,
             **OPTIMISER,
             "flat_epochs": RATE,
+            "warmup_epochs": WARM,
             "momentum": (SGD, "0.1"),
             "losstype": "barlow",
             "dataset": "svhn",
@@ -108,6 +111,8 @@ EFFECTS = {
             "temperature": "0.5",
             "temperaturesn": (("--losstype", "softnn"), "1"),
             "n_views": "3",
+            "preset": "modern",
+            "views": "mild",
             "recipe": (("--epochs", "3", "--flat-epochs", "0"), "released"),
             # With a victim to mark: in test_sslguard.py.
             **{"victim": "none.pth.tar", "lr_shadow": "1", "lr_decoder": "1", "lr_trigger": "1"},
@@ -122,6 +127,7 @@ EFFECTS = {
             **QUERIES,
             "arch": "resnet18",
             "flat_epochs": RATE,
+            "warmup_epochs": WARM,
             "momentum": (SGD, "0.1"),
             "force": FORCE,
             "attack": "cont-steal",
@@ -164,6 +170,7 @@ EFFECTS = {
             "arch": "resnet18",
             "archstolen": "resnet18",
             "flat_epochs": RATE,
+            "warmup_epochs": WARM,
             "momentum": (SGD, "0.1"),
             "force": FORCE,
             "copy_normalize": "none",
@@ -191,6 +198,7 @@ EFFECTS = {
             "arch": "resnet18",
             "archstolen": "resnet18",
             "flat_epochs": RATE,
+            "warmup_epochs": WARM,
             "momentum": (SGD, "0.1"),
             "force": FORCE,
             "copy_normalize": "none",
@@ -311,9 +319,10 @@ EFFECTS = {
 # Settings of defences act in the black box, those of training in the one loop, the same for all scripts: steal.py and
 # run.py stand for them.
 ELSEWHERE_TOO = {(module, name) for module in (stealhead, stealsimsiam, legitimate) for name in DEFENDED}
-OF_TRAINING = (*OPTIMISER, "momentum", "precision")
+OF_TRAINING = (*OPTIMISER, "momentum", "precision", "warmup_epochs")
 ELSEWHERE_TOO |= {(module, name) for module in (stealhead, steallabels) for name in OF_TRAINING}
-ELSEWHERE_TOO |= {(module, name) for module in (stealsimsiam, linsimsiam) for name in ("schedule", "flat_epochs")}
+SCHEDULED = ("schedule", "flat_epochs", "warmup_epochs")
+ELSEWHERE_TOO |= {(module, name) for module in (stealsimsiam, linsimsiam) for name in SCHEDULED}
 CASES = [
     pytest.param(module, name, marks=[pytest.mark.slow] if (module, name) in ELSEWHERE_TOO else [])
     for module, (_, flags) in EFFECTS.items()

@@ -29,6 +29,13 @@ NAMES = [
         "--losstype supcon --out_dim 64 --precision fp32 --recipe released",
         "victim-cifar10-resnet34-supcon-200ep-seed0-outdim=64-precision=fp32-recipe=released",
     ),
+    ("run", "--preset 2022 --dataset cifar10", "victim-cifar10-resnet34-infonce-200ep-seed0"),
+    ("run", "--preset modern", "victim-cifar10-resnet34-infonce-200ep-seed0-preset=modern"),
+    (
+        "run",
+        "--preset modern --temperature 0.1 --views mild --warmup-epochs 5",
+        "victim-cifar10-resnet34-infonce-200ep-seed0-preset=modern-temperature=0.1-views=mild-warmupepochs=5.0",
+    ),
     (
         "steal",
         "--dataset cifar10 --datasetsteal svhn --epochs 100 --arch resnet34 --losstype mse --num_queries 9000",

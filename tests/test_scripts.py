@@ -191,6 +191,31 @@ def test_an_untrained_victim_is_saved_and_stolen(call, tmp_path):
     assert read_checkpoint(copy)["ledger"]["default"]["queries"] == 40
 
 
+def test_a_victim_by_a_preset_is_named_found_and_resumed(call, refused, tmp_path):
+    """Beside one of 2022 of the same data, architecture, epochs and seed."""
+    checkpoints = tmp_path / "checkpoints"
+    modern = f"{VICTIM}-preset=modern"
+    for name, more in ((VICTIM, ()), (modern, ("--preset", "modern"))):
+        code, out, err = call(run, *TRAIN, *more)
+        assert code == 0, err
+        assert f"victim: {checkpoints / name}" in out
+    assert "preset modern, views simclr-cifar" in out
+    settings = read_checkpoint(checkpoints / modern / "checkpoint.pth.tar")["settings"]
+    assert settings == yaml.safe_load((checkpoints / modern / "config.yml").read_text())["settings"]
+    assert (settings["preset"], settings["views"], settings["batch_size"]) == ("modern", "simclr-cifar", 32)
+    assert "has all 2 epochs already" in call(run, *TRAIN, "--preset", "modern", "--resume")[1]
+    judge = [*TRAINED, *SMALL, "--modeltype", "victim", "--dataset-test", "mnist"]
+    assert "2) preset=modern" in refused(linear_eval, *judge)
+    for chosen in ("2", modern):
+        assert call(linear_eval, *judge, "--victim", chosen)[0] == 0
+        row = json.loads((checkpoints / "results.jsonl").read_text().splitlines()[-1])
+        assert Path(row["checkpoint"]).parent == checkpoints / modern
+        assert row["run"].startswith(modern)
+    line = (*STEAL, "--epochs", "1", "--losstype", "mse", *QUERIES)
+    assert "2) preset=modern" in refused(steal, *line)
+    assert f"copy: {checkpoints / modern}" in call(steal, *line, "--victim", modern)[1]
+
+
 @pytest.mark.parametrize("script", ["steal", "stealhead"])
 def test_a_copy_does_not_begin_with_the_victims_initial_weights(script, call, tmp_path):
     """Of the same architecture and seed as its victim."""

@@ -20,7 +20,8 @@ from attacks import ATTACKS
 from defenses import DEFENCES
 from loss import HEAD_LOSSES, LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from settings import Parser, Settings, setting, settings_of
-from training.recipe import Recipe
+from training.objective import Loss
+from training.recipe import PRESETS, Recipe
 from utils import UserError
 
 SCRIPTS = {
@@ -244,6 +245,42 @@ def test_an_attack_is_its_preset(name):
         assert getattr(command, setting_name) == value
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_victims_preset_is_in_force(name):
+    command = parse(run, f"--preset {name}")
+    for setting_name, value in {**PRESETS[name], "preset": name}.items():
+        assert getattr(command, setting_name) == command.config()[setting_name] == value
+        assert f"{setting_name} {value}" in command.line()
+    loss = command[Loss]
+    assert loss.augment == PRESETS[name].get("views", "simclr")
+    assert loss.values["temperature"] == PRESETS[name].get("temperature", 0.07)
+    assert command[Recipe].batch_size == PRESETS[name].get("batch_size", 256)
+
+
+def test_the_preset_of_2022_is_what_holds_without_a_preset():
+    for losstype in TRAIN_LOSSES:
+        line = f"--losstype {losstype}"
+        assert parse(run, line).config() == parse(run, f"{line} --preset 2022").config()
+    assert "views" in parse(run).config()
+    assert "simclr" not in parse(run).line()  # the loss's own views, as before there was a preset
+
+
+def test_a_flag_comes_before_a_victims_preset():
+    command = parse(
+        run, "--preset modern -b 64 --temperature 0.1 --views mild --flat-epochs 3 --optimizer sgd --lr 0.2"
+    )
+    recipe, loss = command[Recipe], command[Loss]
+    assert (recipe.batch_size, recipe.flat_epochs, recipe.optimizer, recipe.lr) == (64, 3, "sgd", 0.2)
+    assert (loss.values["temperature"], loss.augment) == (0.1, "mild")
+
+
+def test_a_loss_has_of_a_preset_what_is_a_setting_of_its_own():
+    assert parse(run, "--preset modern --losstype softnn")[Loss].values == {"temperaturesn": 100.0}
+    assert parse(run, "--preset modern --losstype barlow")[Loss].values == {}
+    assert parse(run, "--losstype supervised --views mild")[Loss].augment == "mild"
+    assert parse(run, "--losstype supervised")[Loss].augment == "crop-flip"
+
+
 def test_the_2022_command_lines_parse():
     lines = {
         run: "-data ./datasets --dataset cifar10 --epochs 200 --arch resnet34",
@@ -283,6 +320,10 @@ IDLE = [
     (run, "--losstype softnn --temperature 0.1", "with the loss softnn"),
     (run, "--momentum 0.5", "with --optimizer adam"),
     (run, "--losstype supervised --out_dim 64", "with the loss supervised"),
+    (run, "--losstype supervised --preset modern", "with the loss supervised"),
+    (run, "--recipe released --preset modern", "with --recipe released"),
+    (run, "--sslguard v --preset modern", "with --sslguard"),
+    (run, "--sslguard v --views mild", "with --sslguard"),
     (steal, "--losstype mse --temperature 0.1", "with the loss mse"),
     (steal, "--losstype mse --lambda-aug 1", "with the loss mse"),
     (steal, "--losstype mse --distance l1", "with the loss mse"),

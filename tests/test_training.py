@@ -65,8 +65,30 @@ def test_constant_schedule():
         assert [learning_rate(recipe, epoch, 3) for epoch in range(40)] == [0.2] * 40
 
 
-def test_each_epoch_is_trained_at_its_rate(tmp_path, images):
-    job = trainer(tmp_path, small_encoder(16), epochs=4, flat_epochs=0)
+@pytest.mark.parametrize("warmup", [0.25, 1, 2.5, 4, 40])
+@pytest.mark.parametrize("flat", [0, 3])
+def test_warm_up_is_the_mean_of_a_line_over_each_epoch(warmup, flat):
+    """A line from 0 that reaches 1 after `warmup` epochs, at 10,000 points of each epoch; then the cosine alone."""
+    recipe = Recipe(epochs=20, lr=0.3, flat_epochs=flat, warmup_epochs=warmup)
+    begin = max(flat, warmup)
+    for epoch in range(20):
+        line = np.minimum(1, (epoch + (np.arange(10_000) + 0.5) / 10_000) / warmup).mean()
+        fallen = 0.5 * (1 + math.cos(math.pi * max(0, epoch - begin) / max(1, 20 - begin)))
+        assert learning_rate(recipe, epoch, 7) == pytest.approx(0.3 * line * fallen, rel=1e-6)
+
+
+def test_without_warm_up_the_schedules_are_as_before():
+    for values in ({}, {"schedule": "constant"}, {"recipe": "released"}):
+        warm = Recipe(epochs=30, flat_epochs=5, warmup_epochs=2, **values)
+        plain = Recipe(epochs=30, flat_epochs=5, **values)
+        rates = [(learning_rate(warm, epoch, 9), learning_rate(plain, epoch, 9)) for epoch in range(30)]
+        assert rates[:2] == [(pytest.approx(plain.lr / 4), plain.lr), (pytest.approx(plain.lr * 3 / 4), plain.lr)]
+        assert all(a == b for a, b in rates[2:])
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.5])
+def test_each_epoch_is_trained_at_its_rate(warmup, tmp_path, images):
+    job = trainer(tmp_path, small_encoder(16), epochs=4, flat_epochs=0, warmup_epochs=warmup)
     job.train(Stored(images))
     rates = [line["lr"] for line in Run(tmp_path, FP32).lines()]
     assert rates == pytest.approx([learning_rate(job.recipe, epoch, 3) for epoch in range(4)])

@@ -142,6 +142,9 @@ def test_the_recipes_as_published():
     assert VIEW_RECIPES["stolenencoder"] == stolenencoder
     assert VIEW_RECIPES["contsteal"] == ViewRecipe(randaugment=(2, 14), padding=4, flip_rate=0.5)
     assert VIEW_RECIPES["none"] == ViewRecipe()
+    half = tuple(0.5 * strength for strength in (0.8, 0.8, 0.8, 0.2))  # --color_jitter_strength=0.5 --use_blur=False
+    views = ViewRecipe(crop_area=(0.08, 1.0), flip_rate=0.5, jitter=half, jitter_rate=0.8, grey_rate=0.2)
+    assert VIEW_RECIPES["simclr-cifar"] == views
     mild = VIEW_RECIPES["mild"]
     assert (mild.grey_rate, mild.blur_rate, mild.solarise_rate, mild.randaugment) == (0, 0, 0, None)
 

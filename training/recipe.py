@@ -1,9 +1,12 @@
 """Settings of optimisation, and the schedule of the learning rate."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from data_aug.recipes import VIEW_RECIPES
 from settings import Command, Settings, setting
 from utils import UserError
 
@@ -18,6 +21,50 @@ class Protocol(Settings):
         choices=("standard", "released"),
     )
     title = "run"
+
+
+# Values of run.py's settings where the command line has none; those of the loss come after these. A setting that the
+# loss does not have, such as a temperature, is left out. docs/protocol.md has the measurements behind `modern`.
+PRESETS: dict[str, Mapping[str, Any]] = {
+    # Dziedzic et al., ICML 2022: the values of each loss.
+    "2022": {},
+    # The views are those of Chen et al. 2020 on CIFAR-10; temperature, rate and batch size are by a small sweep.
+    "modern": {
+        "batch_size": 256,
+        "temperature": 0.2,
+        "views": "simclr-cifar",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "weight_decay": 1e-4,
+        "flat_epochs": 0,
+    },
+}
+
+
+def _without_preset(command: Command) -> str | None:
+    if command.recipe == "released":
+        return "with --recipe released, which is of 2022"
+    return "with the loss supervised, which has its own" if command.losstype == "supervised" else None
+
+
+@dataclass(frozen=True)
+class PresetChoice(Settings):
+    """How a victim is trained where the command line does not say so, and on which views."""
+
+    preset: str = setting(
+        "2022",
+        "recipe of a victim: its settings are the defaults; modern: one of today, see docs/protocol.md",
+        choices=PRESETS,
+        acts=_without_preset,
+    )
+    # None, so that earlier runs, which have no such setting, have its default.
+    views: str | None = setting(
+        None,
+        "recipe of the random views that the victim is trained on",
+        choices=VIEW_RECIPES,
+        otherwise="the preset's, else simclr, for supervised crop-flip",
+    )
+    title = "training"
 
 
 @dataclass(frozen=True)
@@ -53,6 +100,9 @@ class Recipe(Settings):
         "epochs before the learning rate begins to fall by a cosine",
         at_least=0,
         acts=lambda command: "with --schedule constant" if command.schedule == "constant" else None,
+    )
+    warmup_epochs: float = setting(
+        0.0, "epochs in which the learning rate rises linearly from 0, before it falls", at_least=0
     )
     compile: str = setting(
         "auto",
@@ -101,10 +151,19 @@ def learning_rate(recipe: Recipe, epoch: int, steps_per_epoch: int) -> float:
 
     The cosine's half period is the number of epochs that are left. The released recipe takes `steps_per_epoch` instead,
     as the 2022 code did, where these are the batches of all images that can be queried, whatever the budget: its rate
-    may come back up, or hardly fall.
+    may come back up, or hardly fall. Through `warmup_epochs`, which may end inside an epoch, the rate is multiplied by
+    the epoch's mean of a line from 0 to 1; the cosine begins after that.
     """
-    period = steps_per_epoch if recipe.recipe == "released" else max(1, recipe.epochs - recipe.flat_epochs)
+    begin = max(recipe.flat_epochs, recipe.warmup_epochs)
+    period = steps_per_epoch if recipe.recipe == "released" else max(1, recipe.epochs - begin)
+    rate = recipe.lr * _warmth(recipe.warmup_epochs, epoch)
     if recipe.schedule == "constant":
-        return recipe.lr
-    since = max(0, epoch - recipe.flat_epochs)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * since / period))
+        return rate
+    since = max(0, epoch - begin)
+    return rate * 0.5 * (1 + math.cos(math.pi * since / period))
+
+
+def _warmth(warmup: float, epoch: int) -> float:
+    """The mean over an epoch of a line from 0 to 1 over the first `warmup` epochs, and of 1 after these."""
+    rising = min(1.0, max(0.0, warmup - epoch))  # the part of the epoch in which the line rises
+    return 1 - rising * (warmup - epoch - rising / 2) / warmup if rising else 1.0
