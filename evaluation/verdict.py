@@ -10,30 +10,49 @@ from evaluation.rows import encoder_row
 from evaluation.statistics import auc_interval, holm, rate_interval, roc
 from training.run import CHECKPOINT, Run
 
+CONTROLS = ("victim", "untrained")  # kinds of encoders of which is known what a method has to say
+
 
 def judge_all(test: OwnershipTest, candidates: Sequence[Candidate]) -> None:
     """Fill in figures and verdicts; an independent encoder is compared with the other independent encoders.
 
     A suspect's p_holm is the largest of its p-values, since it has to pass all tests, adjusted for the number of
     suspects. All other encoders are judged as if each was the only suspect. Nothing is decided where the victim is not
-    found, or an untrained encoder is.
+    found, or an untrained encoder is: beside all independent encoders, or for one of them beside the others.
     """
-    method = METHODS[test.method]
     for candidate in candidates:
-        others = [other.measured for other in candidates if other.kind == "independent" and other is not candidate]
-        candidate.figures = method.judge(candidate.measured, others)
+        candidate.figures = _figures(test, candidate, _independents(candidates, without=candidate))
     suspects = [candidate for candidate in candidates if candidate.kind == "suspect"]
     for suspect, p in zip(suspects, holm([_largest_p(suspect.figures) for suspect in suspects]), strict=True):
         suspect.figures["p_holm"] = p
-    controls = [candidate for candidate in candidates if candidate.kind in ("victim", "untrained")]
-    decides = all(passes(control.figures, test.level) == (control.kind == "victim") for control in controls)
+    decides = _decides(test, candidates)
     for candidate in candidates:
-        figures, is_control = candidate.figures, candidate in controls
-        decided = is_control or (decides and not candidate.doubt)
+        figures, is_control = candidate.figures, candidate.kind in CONTROLS
+        here = _decides(test, candidates, without=candidate) if candidate.kind == "independent" else decides
+        decided = is_control or (here and not candidate.doubt)
         candidate.found = passes(figures, test.level) if decided else None
-        facts = f"{method.claim.format(**figures)}; effect size {figures['effect']:.2f}; {_in_words(figures)}"
+        facts = f"{METHODS[test.method].claim.format(**figures)}; effect size {figures['effect']:.2f}; "
+        facts += _in_words(figures)
         facts += f"; {candidate.doubt}" if candidate.doubt else caveat(figures) if decides and not is_control else ""
         candidate.verdict = f"{_finding(candidate, decides)} at level {test.level:g} ({facts})"
+
+
+def _independents(candidates: Sequence[Candidate], without: Candidate | None = None) -> list[Candidate]:
+    return [other for other in candidates if other.kind == "independent" and other is not without]
+
+
+def _figures(test: OwnershipTest, candidate: Candidate, independents: Sequence[Candidate]) -> Figures:
+    return METHODS[test.method].judge(candidate.measured, [other.measured for other in independents])
+
+
+def _decides(test: OwnershipTest, candidates: Sequence[Candidate], without: Candidate | None = None) -> bool:
+    """Whether the method finds the victim and no untrained encoder, beside the independent encoders but `without`."""
+    others = _independents(candidates, without)
+    return all(
+        passes(_figures(test, control, others), test.level) == (control.kind == "victim")
+        for control in candidates
+        if control.kind in CONTROLS
+    )
 
 
 def _finding(candidate: Candidate, decides: bool) -> str:

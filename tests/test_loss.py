@@ -275,6 +275,52 @@ def test_minimising_on_free_vectors_approaches_the_victim(name):
     assert before < goal < after
 
 
+@functools.cache
+def positives_first(rows, images):
+    """The other rows of each row, (rows, rows - 1): those of its image, then all others, each in their order."""
+    others = [[j for j in range(rows) if j != i] for i in range(rows)]
+    return torch.tensor([sorted(row, key=lambda j: j % images != i % images) for i, row in enumerate(others)])
+
+
+def infonce_of_2022(copy, victim, temperature=0.07, views=2):
+    """As the 2022 code computes it: a row's logits are its positives, then its negatives, and the class is the first.
+
+    The rows are the copy's of the first view and of the second, then the victim's: the copy's two views have each other
+    as the class, both of the victim's the copy's first view.
+    """
+    rows = torch.nn.functional.normalize(torch.cat([copy, victim]), dim=1)
+    logits = (rows @ rows.T / temperature).gather(1, positives_first(len(rows), len(copy) // views))
+    return torch.nn.functional.cross_entropy(logits, torch.zeros(len(rows), dtype=torch.int64))
+
+
+def cosines_of_two_views(loss, seed):
+    """How close a copy's free rows of 20 images get to the victim's: the mean cosine of each of two views, (2,)."""
+    draw = torch.Generator().manual_seed(seed)
+    image = torch.rand(20, 32, generator=draw)
+    victim = torch.cat([image + 0.5 * torch.rand(20, 32, generator=draw) for _ in range(2)])
+    copy = torch.rand(40, 32, generator=draw).requires_grad_()
+    optimizer = torch.optim.Adam([copy], lr=0.02)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(copy, victim, views=2).backward()
+        optimizer.step()
+    return torch.nn.functional.cosine_similarity(copy, victim).detach().view(2, -1).mean(dim=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_infonce_aligns_both_views_where_that_of_2022_favours_the_first(seed):
+    of_2022, here = (cosines_of_two_views(loss, seed) for loss in (infonce_of_2022, STEAL_LOSSES["infonce"]))
+    assert of_2022.tolist() == pytest.approx([0.94, 0.85], abs=0.01)
+    assert here.tolist() == pytest.approx([0.95, 0.95], abs=0.01)
+    assert abs(here[0] - here[1]) < 0.005
+
+
+def test_infonce_of_a_single_view_is_that_of_2022():
+    copy, victim = features(6, 8)
+    expected = infonce_of_2022(copy, victim, views=1)
+    torch.testing.assert_close(STEAL_LOSSES["infonce"](copy, victim), expected)
+
+
 def test_no_gradient_reaches_the_symmetrized_target():
     copy, victim = features(4, 6, views=2)
     victim.requires_grad_()

@@ -121,10 +121,27 @@ def test_strength_has_the_least_log_loss_over_five_folds(many_dimensions):
     assert classifier.scores["top1_sd"] == pytest.approx(np.std(accuracies[best], ddof=1), abs=0.2)
 
 
+def figure_by_a_single_tenth(train, test, seed):
+    """top1 by the strength that is the most accurate on one tenth held out, the strongest of several."""
+    mean, std = train[0].mean(dim=0), train[0].std(dim=0, correction=0)
+    (features, labels), (test_features, test_labels) = (
+        (((h - mean) / std).numpy(), labels.numpy()) for h, labels in (train, test)
+    )
+    held_out, rest = np.split(np.random.default_rng(seed).permutation(len(labels)), [len(labels) // 10])
+    right = [
+        by_scikit_learn(features[rest], labels[rest], strength).score(features[held_out], labels[held_out])
+        for strength in STRENGTHS[:9]
+    ]
+    best = by_scikit_learn(features, labels, STRENGTHS[int(np.argmax(right))])
+    return 100 * best.score(test_features, test_labels)
+
+
 def test_the_draw_of_the_folds_hardly_changes_the_figure(many_dimensions):
-    """One draw of a tenth, judged by its accuracy, gave 40.3 to 44.1 for the same representations."""
-    scores = [logistic_regression(*many_dimensions, seed=seed).scores["top1"] for seed in range(4)]
+    """The draw of a single tenth, judged by its accuracy, moves it by three points for the same representations."""
+    scores = [logistic_regression(*many_dimensions, seed=seed).scores["top1"] for seed in range(6)]
     assert max(scores) - min(scores) <= 1
+    by_a_tenth = [figure_by_a_single_tenth(*many_dimensions, seed) for seed in range(6)]
+    assert (min(by_a_tenth), max(by_a_tenth)) == pytest.approx((93.3, 96.3), abs=0.4)
 
 
 def test_a_few_labels_are_enough_to_choose_by():

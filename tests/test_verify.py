@@ -205,6 +205,32 @@ def test_suspects_share_the_level():
     assert f"p by Holm {first.figures['p_holm']:.3g}" in first.verdict
 
 
+@pytest.mark.parametrize("method", ["watermark", "similarity"])
+@pytest.mark.parametrize("untrained", [0.5, 0.63])
+def test_an_independent_encoder_is_judged_as_if_it_was_the_only_suspect(method, untrained):
+    """So one run tells the rate of false accusations that leaving each out in turn gives.
+
+    An untrained encoder at 0.63 is found beside the five at 0.5 alone: then nothing is decided on the one at 0.64.
+    """
+    draws = torch.Generator().manual_seed(1)
+
+    def readings(kind, level):
+        score = (level + 0.1 * torch.randn(4000, generator=draws)).clamp(0, 1)
+        right = torch.rand(2, 4000, generator=draws) < score
+        return Candidate(kind, Path(kind), {}, None, (right, score) if method == "watermark" else (score, score[:0]))
+
+    victim, suspect, control = readings("victim", 0.9), readings("suspect", 0.7), readings("untrained", untrained)
+    others = [readings("independent", level) for level in (0.45, 0.48, 0.52, 0.5, 0.49, 0.64)]
+    judge_all(OwnershipTest(method=method), [victim, suspect, *others, control])
+    together = [(one.figures, one.found) for one in others]
+    assert [found for _, found in together] == [False] * 5 + [True if untrained == 0.5 else None]
+    for i, (figures, found) in enumerate(together):
+        innocent = Candidate("suspect", Path("innocent"), {}, None, others[i].measured)
+        judge_all(OwnershipTest(method=method), [victim, innocent, *others[:i], *others[i + 1 :], control])
+        assert innocent.figures == {**figures, "p_holm": max(p for name, p in figures.items() if name[:2] == "p_")}
+        assert innocent.found == found
+
+
 def test_a_method_that_finds_an_untrained_encoder_decides_nothing():
     """As where the images differ by themselves."""
     victim, suspect, control = judged("victim", 1, "suspect", 1, "untrained", 0)
