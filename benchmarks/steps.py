@@ -21,6 +21,7 @@ from data_aug.augment import apply_views, draw_views
 from data_aug.datasets import load_dataset
 from data_aug.images import Stored
 from data_aug.recipes import VIEW_RECIPES
+from jobs.memory import keep_freed_memory
 from loss import TRAIN_LOSSES, nt_xent
 from models import build_encoder
 from simclr import SimCLR
@@ -158,6 +159,7 @@ def splits(effort: Effort, arch: str, batch: int, contest: Contest) -> dict[str,
 
 def parts_of_step(effort: Effort, arch: str, batch: int, compiled: bool) -> dict[str, float]:
     """Median seconds of the views, the forward pass with the loss, the backward pass and the optimizer's step."""
+    keep_freed_memory()  # the last way of the contest may have been another's
     precision, device = effort.precision, effort.device
     images = pictures(batch).to(device).repeat(2, 1, 1, 1)
     table = draw_views(2 * batch, 32, 32, 32, generator(0, "views"), VIEW_RECIPES["simclr"]).to(device)
