@@ -6,8 +6,7 @@ Scores are tensors or sequences of numbers, a number for each image or for each 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import roc_auc_score, roc_curve
+import scipy  # its parts are imported where they are used first: a training does not wait for them
 from torch import Tensor
 
 Scores = Tensor | Sequence[float]
@@ -23,7 +22,7 @@ def welch(a: Scores, b: Scores) -> float:
     a, b = _array(a), _array(b)
     if a.std() == b.std() == 0:
         return 0.0 if a.mean() > b.mean() else 1.0
-    return float(stats.ttest_ind(a, b, equal_var=False, alternative="greater").pvalue)
+    return float(scipy.stats.ttest_ind(a, b, equal_var=False, alternative="greater").pvalue)
 
 
 def paired_t(a: Scores, b: Scores) -> float:
@@ -34,12 +33,12 @@ def paired_t(a: Scores, b: Scores) -> float:
     differences = _array(a) - _array(b)
     if np.ptp(differences) == 0:
         return 0.0 if differences[0] > 0 else 1.0
-    return float(stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
+    return float(scipy.stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
 
 
 def sign_test(wins: int, losses: int) -> float:
     """The p-value of the binomial test that wins are more frequent than losses; 1 without any."""
-    return float(stats.binomtest(wins, wins + losses, 0.5, "greater").pvalue) if wins + losses else 1.0
+    return float(scipy.stats.binomtest(wins, wins + losses, 0.5, "greater").pvalue) if wins + losses else 1.0
 
 
 def mcnemar(right_a: Scores, right_b: Scores) -> tuple[float, float]:
@@ -50,7 +49,7 @@ def mcnemar(right_a: Scores, right_b: Scores) -> tuple[float, float]:
     percentage points; `paired_interval` is its interval.
     """
     n, only_a, only_b = _discordant(right_a, right_b)
-    p = stats.binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+    p = scipy.stats.binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
     return float(p), 100 * (only_a - only_b) / n
 
 
@@ -92,7 +91,7 @@ def rate_interval(hits: int, number: int) -> Interval:
     """
     if not number:
         return 0.0, 1.0
-    low, high = stats.binomtest(hits, number).proportion_ci(0.95, method="exact")
+    low, high = scipy.stats.binomtest(hits, number).proportion_ci(0.95, method="exact")
     return float(low), float(high)
 
 
@@ -106,7 +105,7 @@ def further_draw(value: float, others: Scores) -> float:
     spread = others.std(ddof=1) * (1 + 1 / len(others)) ** 0.5
     if spread == 0:
         return 0.0 if value > others[0] else 1.0
-    return float(stats.t.sf((value - others.mean()) / spread, len(others) - 1))
+    return float(scipy.stats.t.sf((value - others.mean()) / spread, len(others) - 1))
 
 
 def cohens_d(a: Scores, b: Scores) -> float:
@@ -128,6 +127,8 @@ def roc(guilty: Scores, innocent: Scores) -> tuple[list[tuple[float, float]], fl
     Returns for each threshold, from the highest, the shares in [0, 1] of the innocent and of the guilty that reach it,
     and the area under that curve: 1 when every guilty score exceeds every innocent score, 0.5 by chance.
     """
+    from sklearn.metrics import roc_auc_score, roc_curve  # here, for the same reason as scipy's parts
+
     truth = np.repeat([1, 0], [len(guilty), len(innocent)])
     scores = np.concatenate([_array(guilty), _array(innocent)])
     false, found, _ = roc_curve(truth, scores, drop_intermediate=False)

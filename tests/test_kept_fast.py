@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from evaluation.probes import Probe, represent_both, scores_by
 from loss import STEAL_LOSSES, TRAIN_LOSSES
 from models import SimSiamHeads, build_encoder
 from simclr import SimCLR
+from tests.conftest import ROOT
 from tests.networks import FP32, small_encoder
 from training.loop import Loop
 from training.monitor import Watch
@@ -132,3 +135,11 @@ def test_the_draws_of_an_epoch_are_made_at_once(kind, images, monkeypatch, tmp_p
         trainer = SimCLR(small_encoder(), STEAL_LOSSES["infonce"], recipe, Run(tmp_path, FP32))
         trainer.steal(Stored(images), Victim(small_encoder(seed=0)), Attack(useaug=True, copy_views=2))
     assert made == [24] * 3
+
+
+def test_a_training_begins_without_what_only_judging_needs():
+    """Seconds until the first step: these libraries are imported where they are used."""
+    heavy = ["scipy.stats", "sklearn", "matplotlib", "pandas", "timm", "transformers", "torch.utils.tensorboard"]
+    program = f"import sys, run, steal, stealhead; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
