@@ -200,11 +200,18 @@ class Grid:
                 return _NAME.sub(lambda inner: str(self._entry(inner[1], step)), value.texts.get(part or "", ""))
             return str(self._entry(name, step))
 
-        words = shlex.split(_NAME.sub(text_of, step.run))
+        line = _NAME.sub(text_of, step.run)
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            raise UserError(f"{self.path}: step {step.name!r}: {str(error).lower()}: {line[:80]}") from None
+        if not words:
+            raise UserError(f"{self.path}: step {step.name!r} is empty: give a script and its flags")
         command = shlex.join(words)
         if command not in self._made:
-            # By its command: experiments that need the same run, such as the same victim, share it.
-            digest = hashlib.sha256(command.encode()).hexdigest()[:10]
+            # By its command: experiments that need the same run, such as the same victim, share it. Without the root of
+            # the runs, so that it may be moved.
+            digest = hashlib.sha256(command.replace(f"{self.runs}/", "").encode()).hexdigest()[:10]
             folder = self.runs / f"{Path(words[0]).stem}-{digest}"
             whole = [*words, "--checkpoint-dir", str(self.runs), "--run-dir", str(folder), "--resume"]
             self._made[command] = Cell(step.name, at, folder, whole, list(dict.fromkeys(needs)))
@@ -214,6 +221,8 @@ class Grid:
         """An entry of the scale."""
         if name not in self.scale:
             raise UserError(f"{self.path}: step {step.name!r}: {{{name}}} is {_unknown(name, self.scale)}")
+        if not isinstance(self.scale[name], _SCALAR):
+            raise UserError(f"{self.path}: step {step.name!r}: {{{name}}} is {self.scale[name]!r}: make it an axis")
         return self.scale[name]
 
     def _runs_of(self, name: str, names: Mapping[str, str], step: Step, every: bool) -> list[Cell]:

@@ -131,6 +131,9 @@ def test_scales_beside_the_file_are_joined_with_its_own(write, tmp_path):
         ({"steps": {"victim": "run.py {dat}"}}, "{dat} is unknown: did you mean 'data'"),
         ({"steps": {"victim": "run.py {data*}"}}, "{data\\*} is no step"),
         ({"steps": {"victim": "run.py {victim}"}}, "{victim} is unknown"),
+        ({"steps": {"victim": "run.py --dataset 'shapes"}}, "step 'victim': no closing quotation"),
+        ({"steps": {"victim": ""}}, "step 'victim' is empty"),
+        ({"steps": {"victim": "run.py --seed {seeds}"}}, "{seeds} is \\[0, 1\\]: make it an axis"),
         (
             {"steps": {**TINY["steps"], "proof": {"run": "verify.py {copy*}", "without": {"attak": ["own"]}}}},
             "without attak, which is unknown: did you mean 'attack'",

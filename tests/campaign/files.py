@@ -54,7 +54,7 @@ def _printed(folder: Path, ended: Ended) -> str:
 
 
 def _table(folder: Path, ended: Ended) -> str:
-    return (folder / "results/small/table.md").read_text()
+    return (folder / "results/demo/small/table.md").read_text()
 
 
 def _nothing(folder: Path, ended: Ended) -> None:
@@ -75,7 +75,7 @@ READERS = {
     "config.yml": Reader("runs.py", "checkpoints/victim-1/config.yml", texts.YAML, _nothing),
     "results.jsonl": Reader("runs.py", "checkpoints/results.jsonl", texts.LINES, _printed),
     "metrics.jsonl": Reader(f"{LINEAR} --resume", "{linear}/metrics.jsonl", texts.LINES, _printed),
-    "done.jsonl": Reader("reproduce.py small.yaml", "results/small/done.jsonl", texts.LINES, _table, seconds=60),
+    "cells.jsonl": Reader("reproduce.py small.yaml", "results/demo/small/cells.jsonl", texts.LINES, _table, seconds=60),
     "experiment": Reader("reproduce.py strange.yaml", "strange.yaml", texts.EXPERIMENTS, _nothing),
     "npz": Reader(f"{_RANDOM} npz:strange.npz", "strange.npz", pictures.ARRAYS, _row),
     "folder": Reader(f"{_RANDOM} folder:strange", "strange", pictures.PICTURES, _row),
@@ -102,11 +102,11 @@ def prepare(work: Path, numbers: list[int], each) -> None:
     pictures.write_arrays(base / "strange.npz")
     pictures.write_pictures(base / "strange")
     checked_call(LINEAR, base)
-    (base / "small.yaml").write_text(EXPERIMENT.format(here="{here}").replace("{here}/npz:", f"npz:{base}/"))
+    (base / "small.yaml").write_text(EXPERIMENT.replace("HERE/npz:", f"npz:{base}/"))
     wanted = {CASES[number % len(CASES)][0] for number in numbers}
     for name in wanted & set(checkpoints.LIBRARIES):
         checkpoints.LIBRARIES[name](base / name)
-    if "done.jsonl" in wanted:
+    if "cells.jsonl" in wanted:
         checked_call("reproduce.py small.yaml --jobs 2", base)
     each(_good, [(work, reader) for reader in sorted(wanted)])
 

@@ -74,15 +74,23 @@ SCENARIOS = (
     Scenario("reproduce", "reproduce.py small.yaml --jobs 2", limit=150),
 )
 RARE = 15  # reproduce.py starts real processes, which takes 30 times as long: a trial in so many rounds is one of it
+_ON = MACHINE.replace("--workers 1", "")
 EXPERIMENT = f"""
-common: {MACHINE.replace("--workers 1", "")}
-victim: --dataset {{here}}/{SHAPES} --num-train 64 --arch resnet10w32 --epochs 1 -b 32
-steal: >
-  --datasetsteal {{here}}/npz:textures.npz --archstolen resnet10w32 --epochs 1 -b 32 --num_queries 64
-judge: --dataset-test {{here}}/{SHAPES} -n 40 --num-test 40 --probe-epochs 2
-user: --dataset-test {{here}}/npz:textures.npz --num_queries 40 --epochs 3
-attacks: {{{{mse: --losstype mse}}}}
-defences: {{{{none: ""}}}}
+axes:
+  loss: [mse]
+steps:
+  victim: run.py --dataset HERE/{SHAPES} --num-train 64 --arch resnet10w32 --epochs 1 -b 32 {_ON}
+  copy: steal.py --victim {{victim}} --losstype {{loss}} --datasetsteal HERE/npz:textures.npz --archstolen
+    resnet10w32 --epochs 1 -b 32 --num_queries 64 {_ON}
+  judged: linear_eval.py --modeltype stolen --stolen {{copy}} --dataset-test HERE/{SHAPES} -n 40 --num-test 40
+    --probe-epochs 2 {_ON}
+scales:
+  demo: {{}}
+table:
+  of: judged
+  lines: [loss]
+  columns:
+    accuracy: judged.top1_converged
 """
 
 
@@ -146,7 +154,7 @@ def prepare(work: Path, numbers: list[int], each) -> None:
         names["copy"] = made(checked_call(copy, base))
     if any(scenario.name == "steallabels" for scenario in scenarios):
         checked_call(f"linear_eval.py --modeltype victim --victim {names['victim']} {JUDGE}", base)
-    (base / "small.yaml").write_text(EXPERIMENT.format(here="{here}"))
+    (base / "small.yaml").write_text(EXPERIMENT)
     (work / "names.json").write_text(json.dumps(names))
     each(reference, [(work, scenario) for scenario in scenarios])
 
@@ -158,7 +166,7 @@ def fresh(work: Path, name: str) -> Path:
     shutil.copytree(work / "base", folder)
     text = (folder / "small.yaml").read_text()
     for data in ("shapes", "textures"):
-        text = text.replace(f"{{here}}/npz:{data}.npz", f"npz:{work / 'base' / data}.npz")
+        text = text.replace(f"HERE/npz:{data}.npz", f"npz:{work / 'base' / data}.npz")
     (folder / "small.yaml").write_text(text)
     return folder
 
@@ -235,6 +243,7 @@ def _wrong_end(ended: Ended, stop: Stop | None) -> str | None:
 
 # Entries of rows and checkpoints that differ from run to run, or are checked by `wrong_bill`.
 VARY = {"seconds", "time", "command", "commit", "checkpoint", "settings", "ledger", "images_per_second", "provenance"}
+VARY |= {"folder", "run_seconds", "images_trained"}
 
 
 def wrong_files(there: Path, here: Path, lost: bool) -> str | None:

@@ -97,7 +97,7 @@ ADDED = [
 # (a whole line, what the error has to name)
 WHOLE = [
     *((line, name) for line, name in (
-        ("verify.py", "--method"), ("verify.py --method watermark", "--suspect"), ("reproduce.py", "experiment"),
+        ("verify.py", "--method"), ("verify.py --method watermark", "--suspect"), ("reproduce.py", "experiments"),
         ("reproduce.py nowhere.yaml", "nowhere.yaml"), ("reproduce.py ''", ""), ("reproduce.py .", ""),
         ("reproduce.py 'a\0b'", ""), (f"reproduce.py {LONG}", ""), ("stealsimsiam.py", "--pretrained"),
         ("linsimsiam.py", "--pretrained"), ("steal.py --checkpoint-dir nowhere", "nowhere"),
@@ -161,7 +161,7 @@ def prepare(work: Path, numbers: list[int], each) -> None:
         line = f"{JUDGE} --modeltype victim --probe linear --probe-epochs 1 --victim {{victim}}"
         checked_call(line.format(**names), base)
         names["linear"] = str(next(base.rglob("linear-*/checkpoint.pth.tar")).relative_to(base))
-    (base / "small.yaml").write_text(EXPERIMENT.format(here="{here}").replace("{here}/npz:", f"npz:{base}/"))
+    (base / "small.yaml").write_text(EXPERIMENT.replace("HERE/npz:", f"npz:{base}/"))
     (work / "names.json").write_text(json.dumps(names))
 
 

@@ -178,12 +178,10 @@ LINES |= {name: ("any", make) for name, (_, make) in NO_TEXT.items() if name not
 # ---- experiments -----------------------------------------------------------------------------------------------------
 
 _PARTS = {
-    "victim": "--epochs 1",
-    "steal": "--epochs 1",
-    "judge": "-n 5",
-    "user": "--epochs 1",
-    "attacks": {"mse": "--losstype mse"},
-    "defences": {"none": ""},
+    "axes": {"loss": ["mse"]},
+    "scales": {"demo": {}},
+    "steps": {"victim": "run.py --epochs 1", "copy": "steal.py --victim {victim} --losstype {loss}"},
+    "table": {"of": "copy", "lines": ["loss"], "columns": {"queries": "copy.queries"}},
 }
 
 
@@ -194,39 +192,40 @@ def _with(**changes: object) -> str:
 
 EXPERIMENTS = dict(ANYTHING) | {name: ("refused", holding(text)) for name, text in NOT_SAFE.items()}
 EXPERIMENTS |= {
-    "flipped bits": ("refused", holding(_with(victims=""))),
-    "overwritten": ("refused", holding("victim: -")),
+    "flipped bits": ("refused", holding(_with(stips={}))),
+    "overwritten": ("refused", holding("axes: -")),
 }
 EXPERIMENTS |= {
     name: ("refused", holding(_with(**changes)))
     for name, changes in {
         **{f"without {part}": {part: ...} for part in _PARTS},
         **{f"{part}: {value!r}": {part: value} for part in _PARTS for value in (5, None, ["a"], [["a"]], True)},
-        "attack: number": {"attacks": {"mse": 5}},
-        "attack: null": {"attacks": {"mse": None}},
-        "attack: unknown key": {"attacks": {"mse": {"flags": "", "nonsense": 1}}},
-        "attack: without flags": {"attacks": {"mse": {"judge": "-n 5"}}},
-        "attack: flags of numbers": {"attacks": {"mse": {"flags": 5}}},
-        "attack: against unknown": {"attacks": {"mse": {"flags": "", "against": ["nobody"]}}},
-        "attack: against a number": {"attacks": {"mse": {"flags": "", "against": 5}}},
-        "no attacks": {"attacks": {}},
-        "no defences": {"defences": {}},
-        "defence: number": {"defences": {"none": 5}},
-        "defence: null": {"defences": {"none": None}},
-        "defence: without vary": {"defences": {"noise": {"flags": "--defence noise", "values": [1]}}},
-        "defence: without values": {"defences": {"noise": {"flags": "--defence noise", "vary": "--sigma"}}},
-        "defence: no values": {"defences": {"noise": {"flags": "", "vary": "--sigma", "values": []}}},
-        "defence: values of text": {"defences": {"noise": {"flags": "", "vary": "--sigma", "values": ["x"]}}},
-        "defence: values: number": {"defences": {"noise": {"flags": "", "vary": "--sigma", "values": 1}}},
-        "seeds: text": {"seeds": "0, 1"},
-        "seeds: number": {"seeds": 1},
-        "seeds: none": {"seeds": []},
-        "seeds: fractions": {"seeds": [0.5]},
-        "seeds: null": {"seeds": [None]},
-        "quote left open": {"steal": '--losstype "mse'},
-        "common: list": {"common": ["--device cpu"]},
-        "independent: text": {"independent": "--seed 1"},
-        "independent: numbers": {"independent": [1]},
+        "axis: number": {"axes": {"loss": 5}},
+        "axis: null": {"axes": {"loss": None}},
+        "axis: empty": {"axes": {"loss": []}},
+        "axis: value twice": {"axes": {"loss": ["mse", "mse"]}},
+        "axis: list in a list": {"axes": {"loss": [["mse"]]}},
+        "axis: list of nobody": {"axes": {"loss": "{losses}"}},
+        "value: null": {"axes": {"loss": {"mse": None}}},
+        "value: list": {"axes": {"loss": {"mse": ["--losstype"]}}},
+        "value: only a number": {"axes": {"loss": {"mse": {"text": "mse", "only": 5}}}},
+        "value: values of a number": {"axes": {"loss": {"mse": {"text": "mse", "values": 5}}}},
+        "step: number": {"steps": {"copy": 5}},
+        "step: null": {"steps": {"copy": None}},
+        "step: list": {"steps": {"copy": ["run.py"]}},
+        "step: without run": {"steps": {"copy": {"without": {}}}},
+        "step: unknown name": {"steps": {"copy": "steal.py {nobody}"}},
+        "step: itself": {"steps": {"copy": "steal.py {copy}"}},
+        "step: quote left open": {"steps": {"copy": 'steal.py --losstype "{loss}'}},
+        "scale: number": {"scales": {"demo": 5}},
+        "scale: another": {"scales": {"huge": {}}},
+        "table: no lines": {"table": {"of": "copy", "lines": [], "columns": {}}},
+        "table: step of nobody": {"table": {"of": "nobody", "lines": ["loss"], "columns": {}}},
+        "table: columns of numbers": {"table": {"of": "copy", "lines": ["loss"], "columns": {"a": 5}}},
+        "pictures: list": {"pictures": ["a"]},
+        "picture: of no kind": {"pictures": {"a": {"kind": "none"}}},
+        "claims: text": {"claims": "all"},
+        "published: text": {"published": "all"},
         "unknown part": {"victims": "--epochs 1"},
     }.items()
 }
