@@ -144,13 +144,14 @@ def _train_layers(
     return Classifier(scores, logits.argmax(dim=1))
 
 
-def logistic_regression(train: Labelled, test: Labelled, seed: int = 0) -> Classifier:
+def logistic_regression(train: Labelled, test: Labelled, seed: int = 0, strength: float | None = None) -> Classifier:
     """Multinomial logistic regression on standardised representations, trained to convergence by L-BFGS.
 
-    Minimises mean cross-entropy + strength / 2 * |weight|^2 on the whole training set, with the strength of STRENGTHS
-    that `cross_validated` chooses. The score `top1_sd` is the standard deviation of the test accuracies of the FOLDS
-    classifiers of that strength, each trained without a part of the training set: how much top1 depends on the labelled
-    images. The weights returned apply to the representations as given.
+    Minimises mean cross-entropy + strength / 2 * |weight|^2 on the whole training set, with the strength given or, by
+    default, the one of STRENGTHS that `cross_validated` chooses. Where it chose, the score `top1_sd` is the standard
+    deviation of the test accuracies of the FOLDS classifiers of that strength, each trained without a part of the
+    training set: how much top1 depends on the labelled images. The weights returned apply to the representations as
+    given.
     """
     (features, labels), (test_features, test_labels) = train, test
     mean, deviation = standardising(features)
@@ -160,14 +161,18 @@ def logistic_regression(train: Labelled, test: Labelled, seed: int = 0) -> Class
     spread, basis = (x.float() for x in torch.linalg.eigh((standard.T @ standard / len(standard)).double()))
     rotated = standard @ basis
     classes = classes_of(train, test)
-    strength, parts = cross_validated(rotated, labels, spread, classes, folds_of(labels, seed))
+    parts = standard.new_zeros(0, classes, standard.shape[1] + 1)
+    if strength is None:
+        strength, parts = cross_validated(rotated, labels, spread, classes, folds_of(labels, seed))
+    start = parts.mean(dim=0, keepdim=True) if len(parts) else standard.new_zeros(1, *parts.shape[1:])
     every = torch.full((len(labels), 1), 1 / len(labels), device=features.device)
-    solution = _minimise(rotated, labels, spread, parts.mean(dim=0, keepdim=True), strength, every)
+    solution = _minimise(rotated, labels, spread, start, strength, every)
     weight = torch.cat([solution, parts])[..., :-1] @ basis.T / deviation
     bias = torch.cat([solution, parts])[..., -1] - weight @ mean
     logits = [F.linear(test_features, *both) for both in zip(weight, bias, strict=True)]
-    spread_of_parts = torch.tensor([topk_accuracy(of_part, test_labels) for of_part in logits[1:]]).std().item()
-    scores = {**top1_top5(logits[0], test_labels), "strength": strength, "top1_sd": spread_of_parts}
+    scores = {**top1_top5(logits[0], test_labels), "strength": strength}
+    if len(parts):
+        scores["top1_sd"] = torch.tensor([topk_accuracy(part, test_labels) for part in logits[1:]]).std().item()
     return Classifier(scores, logits[0].argmax(dim=1), weight[0], bias[0])
 
 

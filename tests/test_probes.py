@@ -63,6 +63,18 @@ def test_converged_regression_agrees_with_scikit_learn(clusters):
     assert probe.scores["top1"] == pytest.approx(accuracy, abs=0.5)
 
 
+def test_a_strength_that_is_given_is_taken(clusters):
+    chosen = logistic_regression(*clusters)
+    given = logistic_regression(*clusters, strength=chosen.scores["strength"])
+    assert given.scores.keys() == chosen.scores.keys() - {"top1_sd"}
+    test = clusters[1][0]
+    logits = [test @ probe.weight.T + probe.bias for probe in (chosen, given)]
+    assert (logits[0].softmax(dim=1) - logits[1].softmax(dim=1)).abs().max() < 0.01
+    other = logistic_regression(*clusters, strength=10.0)
+    assert other.scores["strength"] == 10.0
+    assert other.weight.norm() < 0.5 * given.weight.norm()
+
+
 def test_strength_is_chosen_without_the_test_images(clusters):
     train, (features, labels) = clusters
     strength = logistic_regression(train, (features, labels)).scores["strength"]
