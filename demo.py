@@ -16,7 +16,8 @@ from pathlib import Path
 import jobs.early  # noqa: F401
 
 from evaluation.figures import neighbour_picture
-from experiments.table import mean_words, paired_difference
+from experiments.results import between_runs, of_run
+from experiments.table import spelled
 from files.reading import read_lines
 from files.writing import atomic_path
 from jobs.ending import SAVED, Stopped, script
@@ -84,8 +85,9 @@ def demo_table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        minus = paired_difference([(row, rows[0])] if row is not rows[0] else [])
-        figures = mean_words([row], "top1_converged"), minus, mean_words([row], "knn")
+        minus = None if row is rows[0] else between_runs(row, rows[0], "top1_converged")
+        top1, knn = (spelled(name, of_run(row, name)) for name in ("top1_converged", "knn"))
+        figures = top1, spelled("top1_converged", minus, signed=True), knn
         lines.append(f"| {row['name']} | {' | '.join(figures)} | {row['queries']:,} | {row['made_in']:.0f} |")
     return "\n".join(lines)
 

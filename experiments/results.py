@@ -112,12 +112,7 @@ class Results:
             if found is None or found.low is None or not share:
                 return found
             return replace(found, low=max(0.0, found.low), high=min(100.0, found.high))
-        value, row = samples[0].value, samples[0].row
-        if not share or not row.get("test_images"):
-            return Estimate(value, None, None, 1, 1)
-        images = row["test_images"]
-        low, high = rate_interval(round(value / 100 * images), images)
-        return Estimate(value, 100 * low, 100 * high, 1, 1)
+        return of_run(samples[0].row, figure.partition(".")[2])
 
     def difference(self, figure: str, at: Point, other: Point) -> Estimate | None:
         """The mean difference of a figure at two points, of runs with the same seeds; None where there are none."""
@@ -125,19 +120,33 @@ class Results:
         pairs = [(sample, there[sample.seeds]) for sample in self.samples(figure, at) if sample.seeds in there]
         if len(pairs) != 1:
             return _mean([(one.seeds, one.value - two.value) for one, two in pairs], test=True)
-        (one, two), value = pairs[0], pairs[0][0].value - pairs[0][1].value
-        right = [_right(sample.row) for sample in (one, two)]
-        same_images = one.row.get("test_digest") == two.row.get("test_digest")
-        of_right = figure.partition(".")[2] == "top1_converged"  # the probe whose right answers a row has
-        if not same_images or not of_right or any(answers is None for answers in right):
-            return Estimate(value, None, None, 1, 1)
-        return Estimate(value, *paired_interval(*right), 1, 1, mcnemar(*right)[0])
+        return between_runs(*(sample.row for sample in pairs[0]), figure.partition(".")[2])
 
     def _seeds_of(self, step: str) -> list[dict[str, str]]:
         """The seeds of a step's rows: of its cells or, where its rows are about another step's runs, of those."""
         points = self.grid.cells[self.grid.steps[step].judges or step]
         seeds = [tuple((axis, name) for axis, name in at if axis in self.seeds) for at in points]
         return [dict(each) for each in dict.fromkeys(seeds)]
+
+
+def of_run(row: Mapping, name: str) -> Estimate:
+    """A figure of a single run, by its row."""
+    if name not in SHARES or not row.get("test_images"):
+        return Estimate(float(row[name]), None, None, 1, 1)
+    images = row["test_images"]
+    low, high = rate_interval(round(row[name] / 100 * images), images)
+    return Estimate(float(row[name]), 100 * low, 100 * high, 1, 1)
+
+
+def between_runs(one: Mapping, other: Mapping, name: str) -> Estimate:
+    """The difference of a figure of two single runs, by their rows: paired, where these say which images are right."""
+    difference = float(one[name]) - float(other[name])
+    right = [_right(row) for row in (one, other)]
+    same_images = one.get("test_digest") == other.get("test_digest")
+    of_right = name == "top1_converged"  # the probe whose right answers a row has
+    if not same_images or not of_right or any(answers is None for answers in right):
+        return Estimate(difference, None, None, 1, 1)
+    return Estimate(difference, *paired_interval(*right), 1, 1, mcnemar(*right)[0])
 
 
 def _mean(values: Sequence[tuple[tuple[str, ...], float]], test: bool = False) -> Estimate | None:

@@ -121,7 +121,7 @@ def frames(layout: Layout, results: Results) -> tuple[pd.DataFrame, pd.DataFrame
         shown, plain = dict(point), dict(point)
         runs = {estimate.n for _, estimate in cells.values() if estimate}
         for heading, (column, estimate) in cells.items():
-            said = spelled(column, estimate)
+            said = spelled(column.of.partition(".")[2], estimate, bool(column.to))
             shown[heading] = f"**{said}**" if bold[heading] == index else said
             for name in ("mean", "low", "high", "victims", "runs", "p"):
                 plain[f"{heading} ({name})"] = getattr(estimate, name, None)
@@ -143,20 +143,16 @@ def _best(layout: Layout, results: Results, lines: Sequence, heading: str) -> in
     return first if difference and difference.decided else None
 
 
-def spelled(column: Column, estimate: Estimate | None) -> str:
-    """An estimate in words: digits by the kind of its figure, the interval, and the p of a difference."""
+def spelled(name: str, estimate: Estimate | None, signed: bool = False) -> str:
+    """An estimate in words: digits by the name of its figure, the interval, and the p of a difference."""
     if estimate is None:
         return ""
-    name = column.of.partition(".")[2]
     if name == "found":  # yes or no of each run
         return f"{round(estimate.mean * estimate.runs)} of {estimate.runs}"
-    form = _form(name, estimate.mean)
-    sign = "+" if column.to else ""
-    ends = (
-        "" if estimate.low in (None, estimate.high) else f" [{estimate.low:{sign}{form}}, {estimate.high:{sign}{form}}]"
-    )
+    form = ("+" if signed else "") + _form(name, estimate.mean)
+    ends = "" if estimate.low in (None, estimate.high) else f" [{estimate.low:{form}}, {estimate.high:{form}}]"
     p = "" if estimate.p is None else f", p {estimate.p:.2g}"
-    return f"{estimate.mean:{sign}{form}}{ends}{p}"
+    return f"{estimate.mean:{form}}{ends}{p}"
 
 
 def _form(name: str, value: float) -> str:
