@@ -9,7 +9,8 @@
         at: {budget: 5000}               # further axes; those that are left out take their first value
 
 A claim holds where the 95 % interval of the difference lies above `by`, does not where it lies below, and is undecided
-otherwise. Without `less` the figure itself is compared with `by`.
+otherwise. A single run decides nothing: its interval is over the test images, not over seeds. Without `less` the figure
+itself is compared with `by`.
 """
 
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ def _verdict(claim: Mapping, grid: Grid, results: Results) -> Verdict:
 
 
 def _decision(found: Estimate, by: float) -> str:
-    if found.low is None:
+    if found.low is None or found.runs < 2:
         return "undecided"
     return "holds" if found.low > by else "does not" if found.high < by else "undecided"
 

@@ -233,6 +233,13 @@ def test_a_claim_is_decided_by_the_interval_of_the_difference(grid, results):
     assert {one.verdict for one in nothing} == {"not measured"}
 
 
+def test_a_single_run_decides_no_claim(tmp_path):
+    axes = {**EXPERIMENT["axes"], "victim_seed": [0], "seed": [0]}
+    grid = grid_with(tmp_path, axes=axes)
+    results = Results(grid, lines_of(grid), ["victim_seed", "seed"])
+    assert {one.verdict for one in verdicts(grid, results)} == {"undecided"}
+
+
 class _Page(html.parser.HTMLParser):
     """What a page refers to, and its text."""
 
