@@ -16,10 +16,10 @@ itself is compared with `by`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from experiments.grid import Grid, refuse_unknown
+from experiments.grid import Grid
+from experiments.parts import part_of
 from experiments.results import Estimate, Results
-from files.reading import Check, checked, list_of, number, table, text
-from utils import UserError
+from files.reading import Check, list_of, number, table, text
 
 _CLAIM: dict[str, Check] = {"claim": text(), "of": text(), "by": number()}
 _CLAIM |= {"more": table(), "less": table(), "at": table()}
@@ -40,14 +40,10 @@ def check_claims(grid: Grid) -> None:
     """UserError for claims that the file does not say rightly."""
     for position, claim in enumerate(grid.content.get("claims", []), 1):
         where = f"{grid.path}: claim {position}"
-        refuse_unknown(claim, _CLAIM, where, needed={"claim", "of", "more"})
-        checked(claim, _CLAIM, where)
-        if claim["of"].partition(".")[0] not in grid.steps:
-            raise UserError(f"{where}: {claim['of']!r} is no STEP.NAME: steps are {', '.join(grid.steps)}")
+        part_of(claim, _CLAIM, where, needed=("claim", "of", "more"))
+        grid.check_figure(claim["of"], where)
         for part in ("more", "less", "at"):
-            for axis, name in claim.get(part, {}).items():
-                if str(name) not in {value.name for value in grid.axes.get(axis, ())}:
-                    raise UserError(f"{where}: {part} {axis} {name}, which the experiment has not at this scale")
+            grid.check_values(claim.get(part, {}), f"{where}, {part}")
 
 
 def verdicts(grid: Grid, results: Results) -> list[Verdict]:

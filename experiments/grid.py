@@ -16,7 +16,6 @@ In a step, {name} is the text of an axis's value, an entry of the scale, or the 
 runs of a step. A step depends on the axes that its text names and on those of the steps that it names, unless by {*}.
 """
 
-import difflib
 import hashlib
 import itertools
 import re
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.parts import part_of, refuse_unknown
 from files.reading import Check, checked, list_of, read_yaml, table, text
 from utils import UserError
 
@@ -93,15 +93,17 @@ class Grid:
     def __init__(self, path: Path, scale: str, runs: Path, also: Mapping[str, Check]):
         """also: the checks of the parts of the file that say how the results are read."""
         content = read_yaml(path, "an experiment, a file of YAML")
-        refuse_unknown(content, {**_PARTS, **also}, str(path), needed={"axes", "steps"})
         self.path, self.name, self.runs = path, path.stem, runs
-        self.content = checked(content, {**_PARTS, **also}, str(path))
+        self.content = content = part_of(content, {**_PARTS, **also}, str(path), needed=("axes", "steps"))
         self.scale = self._scale(scale, content.get("scales", {}))
         names = [*content["axes"], *content["steps"], *self.scale]
         if len(set(names)) < len(names):
             twice = ", ".join(sorted({str(name) for name in names if names.count(name) > 1}))
             raise UserError(f"{path}: {twice}: an axis, a step and an entry of the scale need names of their own")
         self.axes = {name: self._values(name, value) for name, value in content["axes"].items()}
+        for axis, values in self.axes.items():
+            for value in values:
+                self.check_values(value.only, f"{path}: axis {axis!r}, {value.name!r}, only")
         self.steps: dict[str, Step] = {}
         for name, value in content["steps"].items():
             self.steps[name] = self._step(name, value)
@@ -118,6 +120,25 @@ class Grid:
         """The cell of a step at the values that `at` has for the step's axes; None where the experiment has none."""
         axes = self.steps[step].axes
         return self.cells[step].get(tuple((axis, at[axis]) for axis in axes if axis in at))
+
+    def check_axes(self, axes: Iterable[str], where: str) -> None:
+        """UserError for what is no axis."""
+        for axis in axes:
+            refuse_unknown(axis, self.axes, where)
+
+    def check_values(self, names: Mapping[str, Any], where: str) -> None:
+        """UserError for values, or lists of values, that these axes do not have."""
+        self.check_axes(names, where)
+        for axis, chosen in names.items():
+            for name in chosen if isinstance(chosen, list) else [chosen]:
+                refuse_unknown(name, [value.name for value in self.axes[axis]], f"{where}, {axis}")
+
+    def check_figure(self, figure: str, where: str) -> None:
+        """UserError for what is no STEP.NAME of a figure in the rows of a step."""
+        step, _, name = figure.partition(".")
+        refuse_unknown(step, self.steps, f"{where}, STEP.NAME {figure!r}")
+        if not name:
+            raise UserError(f"{where}: {figure!r} names no figure: give {figure}.NAME")
 
     # ---- the file's parts ----
 
@@ -151,24 +172,14 @@ class Grid:
 
     def _step(self, name: str, declared: Any) -> Step:
         where = f"{self.path}: step {name!r}"
-        declared = {"run": declared} if isinstance(declared, str) else declared
-        if not isinstance(declared, Mapping):
-            raise UserError(f"{where} is {declared!r}, not a script and its flags")
-        refuse_unknown(declared, _STEP, where, needed={"run"})
-        checked(declared, _STEP, where)
-        found: set[str] = set()
+        declared = part_of(declared, _STEP, where, needed=("run",), text_is="run")
+        found, judged = set(), []
         for known, _, star in _NAME.findall(declared["run"]):
-            if known not in {*self.axes, *self.scale, *self.steps}:
-                raise UserError(f"{where}: {{{known}}} is {_unknown(known, [*self.axes, *self.scale, *self.steps])}")
-            if star and known not in self.steps:
-                raise UserError(f"{where}: {{{known}*}} is no step: a star is for all runs of a step")
-            found |= {known} & self.axes.keys() or set() if star else self._axes_of(known)
+            refuse_unknown(known, self.steps if star else [*self.axes, *self.scale, *self.steps], where)
+            found |= set() if star else self._axes_of(known)
+            judged += [known] if star else []
         without = declared.get("without", {})
-        for axis, names in without.items():
-            if axis not in self.axes:
-                raise UserError(f"{where}: without {axis}, which is {_unknown(axis, self.axes)}")
-            _check_values(names, self.axes[axis], f"{where}: without {axis}")
-        judged = [known for known, _, star in _NAME.findall(declared["run"]) if star]
+        self.check_values(without, f"{where}, without")
         axes = tuple(axis for axis in self.axes if axis in found)
         return Step(name, declared["run"], axes, without, *judged[:1])
 
@@ -219,8 +230,7 @@ class Grid:
 
     def _entry(self, name: str, step: Step) -> Any:
         """An entry of the scale."""
-        if name not in self.scale:
-            raise UserError(f"{self.path}: step {step.name!r}: {{{name}}} is {_unknown(name, self.scale)}")
+        refuse_unknown(name, self.scale, f"{self.path}: step {step.name!r}")
         if not isinstance(self.scale[name], _SCALAR):
             raise UserError(f"{self.path}: step {step.name!r}: {{{name}}} is {self.scale[name]!r}: make it an axis")
         return self.scale[name]
@@ -260,25 +270,3 @@ def _named(name: str, declared: Any, where: str) -> list[Value]:
         raise UserError(f"{where}: {name!r} has values {strengths!r}, not a list of numbers")
     flags = texts.get("", "")
     return [Value(f"{name} {one}", {**texts, "": f"{flags} {one}"}, only, name, str(one)) for one in strengths]
-
-
-def _check_values(names: Iterable[str], values: Sequence[Value], where: str) -> None:
-    for name in names:
-        if name not in {value.name for value in values}:
-            raise UserError(f"{where} {name}, which is {_unknown(name, [value.name for value in values])}")
-
-
-def refuse_unknown(content: Mapping, fields: Mapping, where: str, needed: Iterable[str] = ()) -> None:
-    """UserError for a key that is unknown, with the nearest that is known, or one that is lacking."""
-    for key in content:
-        if key not in fields:
-            raise UserError(f"{where}: {key!r} is {_unknown(str(key), fields)}")
-    lacking = [key for key in needed if key not in content]
-    if lacking:
-        raise UserError(f"{where} has no {' and no '.join(sorted(lacking))}")
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    known = [*map(str, known)]
-    near = difflib.get_close_matches(name, known, 1)
-    return f"unknown: did you mean {near[0]!r}?" if near else f"unknown: give {', '.join(known) or 'another'}"

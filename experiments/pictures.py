@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.grid import Grid, refuse_unknown
+from experiments.grid import Grid
+from experiments.parts import part_of
 from experiments.results import Estimate, Results
-from files.reading import Check, checked, table, text
+from files.reading import Check, table, text
 from files.writing import atomic_path
 from utils import UserError
 
@@ -46,14 +47,11 @@ def declared_pictures(grid: Grid) -> dict[str, Mapping[str, Any]]:
         kind = picture.get("kind") if isinstance(picture, Mapping) else None
         if kind not in _KINDS:
             raise UserError(f"{where} is of kind {kind!r}: give {', '.join(_KINDS)}")
-        refuse_unknown(picture, _KINDS[kind], where, needed={*_AXES[kind], *_FIGURES[kind]})
-        checked(picture, _KINDS[kind], where)
-        for axis in [*(picture[part] for part in _AXES[kind]), *picture.get("at", {})]:
-            if axis not in grid.axes:
-                raise UserError(f"{where}: {axis!r} is no axis: give {', '.join(grid.axes)}")
+        part_of(picture, _KINDS[kind], where, needed=(*_AXES[kind], *_FIGURES[kind]))
+        grid.check_axes([picture[part] for part in _AXES[kind]], where)
+        grid.check_values(picture.get("at", {}), f"{where}, at")
         for part in _FIGURES[kind]:
-            if picture[part].partition(".")[0] not in grid.steps:
-                raise UserError(f"{where}: {picture[part]!r} is no STEP.NAME: steps are {', '.join(grid.steps)}")
+            grid.check_figure(picture[part], where)
     return dict(grid.content.get("pictures", {}))
 
 

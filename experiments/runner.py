@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments.grid import Cell, Grid, refuse_unknown
+from experiments.grid import Cell, Grid
+from experiments.parts import refuse_unknown
 from experiments.workers import ROOT, Workers, cores
 from files.reading import list_of, read_lines, read_yaml, reading, record, table, text
 from files.writing import add_line, lock
@@ -57,8 +58,8 @@ def select(grid: Grid, only: str) -> list[Cell]:
     wanted: dict[str, list[str]] = {}
     for part in re.split(r",(?=[^,=]*=)", only):  # a value may have commas
         axis, _, value = map(str.strip, part.partition("="))
-        refuse_unknown({axis: value}, grid.axes, "--only")
-        refuse_unknown({value: axis}, {known.name: known for known in grid.axes[axis]}, f"--only {axis}")
+        refuse_unknown(axis, grid.axes, "--only")
+        refuse_unknown(value, [known.name for known in grid.axes[axis]], f"--only {axis}")
         wanted.setdefault(axis, []).append(value)
     agreeing = {
         cell

@@ -16,9 +16,10 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.grid import Grid, Value, refuse_unknown
+from experiments.grid import Grid, Value
+from experiments.parts import part_of
 from experiments.results import Estimate, Results
-from files.reading import Check, checked, list_of, table, text
+from files.reading import Check, list_of, table, text
 from utils import UserError
 
 _TABLE: dict[str, Check] = {"of": text(), "lines": list_of(text(), at_least=1), "across": text()}
@@ -54,37 +55,25 @@ class Layout:
 
     def __init__(self, grid: Grid):
         where = f"{grid.path}: table"
-        declared = grid.content.get("table")
-        if declared is None:
+        if "table" not in grid.content:
             raise UserError(f"{grid.path} has no table")
-        refuse_unknown(declared, _TABLE, where, needed={"of", "lines", "columns"})
-        checked(declared, _TABLE, where)
+        declared = part_of(grid.content["table"], _TABLE, where, needed=("of", "lines", "columns"))
         self.grid, self.lines, self.across = grid, declared["lines"], declared.get("across")
         self.seeds = declared.get("seeds", [axis for axis in grid.axes if axis.endswith("seed")])
         self.step = declared["of"]
         if self.step not in grid.steps or set(self.lines) - {*grid.steps[self.step].axes}:
             raise UserError(f"{where}: lines {self.lines} of {self.step!r}: give a step, and axes that it depends on")
-        for axis in [*self.lines, *self.seeds, *([self.across] if self.across else [])]:
-            if axis not in grid.axes:
-                raise UserError(f"{where}: {axis!r} is no axis: give {', '.join(grid.axes)}")
+        grid.check_axes([*self.seeds, *([self.across] if self.across else [])], where)
         self.columns = [self._column(str(name), value, where) for name, value in declared["columns"].items()]
 
     def _column(self, name: str, declared: Any, where: str) -> Column:
         where = f"{where}, column {name!r}"
-        declared = {"of": declared} if isinstance(declared, str) else declared
-        if not isinstance(declared, Mapping):
-            raise UserError(f"{where} is {declared!r}, not STEP.NAME of a figure")
-        refuse_unknown(declared, _COLUMN, where, needed={"of"})
-        checked(declared, _COLUMN, where)
-        step, dot, figure = declared["of"].partition(".")
-        if step not in self.grid.steps or not dot or not figure:
-            raise UserError(f"{where}: {declared['of']!r} is no STEP.NAME: steps are {', '.join(self.grid.steps)}")
+        declared = part_of(declared, _COLUMN, where, needed=("of",), text_is="of")
+        self.grid.check_figure(declared["of"], where)
         best = declared.get("best", "")
         if best not in ("", "max", "min"):
             raise UserError(f"{where}: best {best!r}: give max or min")
-        for axis, value in declared.get("to", {}).items():
-            if value not in {one.name for one in self.grid.axes.get(axis, ())}:
-                raise UserError(f"{where}: to {axis} {value}, which the experiment has not")
+        self.grid.check_values(declared.get("to", {}), f"{where}, to")
         return Column(name, declared["of"], declared.get("to", {}), best)
 
     def points(self) -> list[dict[str, str]]:

@@ -284,10 +284,14 @@ ENDINGS = {
 
 
 def test_how_a_script_ended_is_said(tmp_path, capsys):
-    """A script of the test's own, in a folder with a space, that ends in each of these ways."""
-    script = tmp_path / "my script.py"
-    script.write_text(f"import os, sys\nexec({list(ENDINGS)}[int(sys.argv[1])])\n")
-    grid = grid_of(tmp_path, {"ends": f"{shlex.quote(str(script))} {{way}}"}, {"way": list(range(len(ENDINGS)))})
+    """Scripts of the test's own, in a folder with a space, each of which ends in one of these ways."""
+    folder = tmp_path / "my scripts"
+    folder.mkdir()
+    scripts = [folder / f"{number}.py" for number in range(len(ENDINGS))]
+    for script, ending in zip(scripts, ENDINGS, strict=True):
+        script.write_text(f"import os, sys\n{ending}\n")
+    ways = {str(number): shlex.quote(str(script)) for number, script in enumerate(scripts)}
+    grid = grid_of(tmp_path, {"ends": "{way}"}, {"way": ways})
     assert Runner(grid, tmp_path, jobs=3).run(grid.unique()) == "6 of 6 runs failed: see above"
     out = capsys.readouterr().out
     for way, said in enumerate(ENDINGS.values()):
