@@ -185,3 +185,17 @@ def test_a_file_without_a_part_or_that_is_none_is_named(write, tmp_path):
         grid_of(tmp_path / "half.yaml")
     with pytest.raises(UserError, match="is not a file"):
         grid_of(tmp_path / "none.yaml")
+
+
+ATTACK_TABLES = {"attacks", "architectures", "budgets", "defences", "heads", "losses", "queries-to-clones"}
+ATTACK_TABLES |= {"query-sets", "released-vs-standard"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_table_of_attacks_has_both_controls(path):
+    grid = grid_of(path)
+    copies = [" ".join(cell.words) for cell in grid.cells.get("copy", {}).values()]
+    untrained = [str(cell.folder) for cell in grid.unique() if cell.step == "victim" and "--epochs 0" in cell.command]
+    own = any("--attack own-simclr" in words for words in copies)
+    of_untrained = any(f"--victim {victim} " in words for words in copies for victim in untrained)
+    assert own == of_untrained == (path.stem in ATTACK_TABLES)
