@@ -113,7 +113,7 @@ def main() -> None:
     with atomic_path(out / "table.md") as temporary:
         temporary.write_text(text + "\n")
     print(f"\n{text}\n\npicture: {out / 'demo.png'}; all in {time.perf_counter() - started:.0f} seconds")
-    print("next: python reproduce.py experiments/defences-shapes.yaml --jobs 2")
+    print("next: python reproduce.py experiments/defences.yaml --jobs 2")
 
 
 if __name__ == "__main__":

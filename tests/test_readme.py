@@ -66,6 +66,13 @@ def test_a_page_speaks_of_what_is_there(page):
     assert not [name for name in files if not (ROOT / name).exists() and not name.startswith("defenses/clip")]
 
 
+def test_the_experiments_that_scripts_and_pages_name_are_there():
+    sources = [*PAGES, ROOT / "Makefile", *ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    named = {name for source in sources for name in re.findall(r"experiments/[\w-]+\.yaml", source.read_text())}
+    assert "experiments/defences.yaml" in named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_lines_of_a_page_are_short(page):
     assert not [(number, line) for number, line in prose(page) if len(line) > 120]
