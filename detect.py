@@ -22,7 +22,7 @@ from data_aug.datasets import Data, load_labelled
 from defenses.detection import Detection
 from evaluation.encoders import open_owner
 from evaluation.streams import Streams, load_others, part_images
-from evaluation.watching import owner_classifier, score_all, stream_figures, stream_table
+from evaluation.watching import owner_classifier, score_all, stream_curves, stream_figures, stream_table
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from settings import Command, Parser, Settings, setting, settings_of
@@ -93,7 +93,7 @@ def main() -> None:
         **{"model": "victim", "method": "detection", "losstype": trained.get("losstype")},
         **{"trained_on": trained.get("dataset")},
         **{name: getattr(command, name) for name in (*settings_of(Streams), *settings_of(Detection))},
-        **{**figures, "seed": machine.seed, "checkpoint": str(path)},
+        **{**figures, "roc": stream_curves(scores), "seed": machine.seed, "checkpoint": str(path)},
         **{"arch": encoder.arch, "images": len(images), "parting": parting},
         **{"seconds": round(time.perf_counter() - started, 1), **run.config["provenance"]},
     }

@@ -83,8 +83,7 @@ def main() -> None:
             continue
         if asked.slurm:
             options = shlex.split(asked.slurm) if isinstance(asked.slurm, str) else []
-            left = [cell for cell in cells if not runner.finished(cell)]
-            print(*submit(runner.grid, left, runner.folder, options), sep="\n")
+            print(*submit(runner.grid, runner.left(cells), runner.folder, options), sep="\n")
             continue
         complaints += [f"{runner.grid.name}: {said}" for said in [runner.run(cells)] if said]
         prices = Prices(asked.price_per_1000_queries, asked.price_per_hour)

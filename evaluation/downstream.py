@@ -12,7 +12,8 @@ from data_aug.datasets import DATASET_NAMES, canonical_name, check_apart, check_
 from data_aug.images import Stored
 from evaluation.encoders import independent_of, victim_of
 from evaluation.fidelity import compare, untrained_like
-from evaluation.probes import Labelled, Probe, classes_of, represent_both, scores_by, top1_top5
+from evaluation.maps import plane_map
+from evaluation.probes import Labelled, Probe, Space, classes_of, represent_both, scores_by, top1_top5
 from evaluation.released import TEST_BATCH, released_probe
 from evaluation.test_images import load_test
 from loss import TRAIN_LOSSES
@@ -73,6 +74,13 @@ class Downstream(Settings):
     )
     finetune: bool = setting(False, "fine-tune the whole encoder on the labelled images instead", acts=_released)
     save: bool = setting(False, "save the classifier, encoder and linear layer, in a checkpoint", acts=_without_layer)
+    map_images: int = setting(
+        0,
+        "keep a plane map (t-SNE) of the representations of the first N test images in the row, with --fidelity the "
+        "victim's too",
+        at_least=0,
+        acts=instead_of_probe,
+    )
     fidelity: bool = setting(False, "compare the copy with its victim", acts=_without_copy, title="fidelity")
     independent: str | None = setting(
         None,
@@ -149,6 +157,7 @@ def judge_encoder(
     if command.save:  # the weights without the head, by the keys of the 2022 code
         weights = {key.removeprefix("backbone."): value.cpu() for key, value in encoder.state_dict().items()}
         state |= {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    spaces: dict[str, Space] = {}
     if others:
         spaces = {name: represent_both(other, train, test, precision) for name, (_, other) in others.items()}
         # A head of another width maps to no victim: that of an encoder of the attacker's own.
@@ -158,7 +167,15 @@ def judge_encoder(
         random = None if untrained is None else represent(untrained.to(precision.device), test[0], precision)
         scores |= compare({"copy": space, **spaces}, seed, head, random)
         scores["independent"] = others["independent"][0]
+    if command.map_images:
+        scores["map"] = _maps({"encoder": space, **spaces}, command.map_images, seed)
     return scores, state
+
+
+def _maps(spaces: Mapping[str, Space], count: int, seed: int) -> dict[str, list]:
+    """Maps of the first test images by the encoder and, where it is known, by its victim; and their labels."""
+    maps = {name: plane_map(spaces[name][1][0][:count], seed) for name in ("encoder", "victim") if name in spaces}
+    return {**maps, "labels": spaces["encoder"][1][1][:count].tolist()}
 
 
 def finetuned_scores(

@@ -114,6 +114,17 @@ def stream_figures(scores: Scores, prada_delta: float) -> dict[str, float]:
     return figures
 
 
+def stream_curves(scores: Scores) -> dict[str, list[list[float]]]:
+    """USERS_ATTACKER_STATISTIC -> the points of its ROC: shares of the users' and of the attackers' streams flagged."""
+    curves = {}
+    for users, attacker, name in itertools.product(_users(scores), ATTACKERS, _statistics(scores)):
+        both = scores[attacker][name], scores[users][name]
+        if all(both):
+            points = roc(*both)[0]
+            curves[f"{users}_{attacker}_{name}"] = [[round(false, 4), round(found, 4)] for false, found in points]
+    return curves
+
+
 def _rate(name: str, hits: int, number: int) -> dict[str, float]:
     return _with_ends(name, hits / number, rate_interval(hits, number))
 

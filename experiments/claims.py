@@ -5,8 +5,9 @@
         of: judged.top1_converged        # the figure
         more: {loss: infonce}            # is greater here ...
         less: {loss: mse}                # ... than here
+        than: owner.top1_converged       # the figure there, if it is another one
         by: 0                            # by more than this; may be left out
-        at: {budget: 5000}               # further axes; those that are left out take their first value
+        at: {budget: "{budget}"}         # further axes; those that are left out take their first value
 
 A claim holds where the 95 % interval of the difference lies above `by`, does not where it lies below, and is undecided
 otherwise. A single run decides nothing: its interval is over the test images, not over seeds. Without `less` the figure
@@ -21,7 +22,7 @@ from experiments.parts import part_of
 from experiments.results import Estimate, Results
 from files.reading import Check, list_of, number, table, text
 
-_CLAIM: dict[str, Check] = {"claim": text(), "of": text(), "by": number()}
+_CLAIM: dict[str, Check] = {"claim": text(), "of": text(), "than": text(), "by": number()}
 _CLAIM |= {"more": table(), "less": table(), "at": table()}
 PARTS: dict[str, Check] = {"claims": list_of(table())}
 
@@ -41,9 +42,16 @@ def check_claims(grid: Grid) -> None:
     for position, claim in enumerate(grid.content.get("claims", []), 1):
         where = f"{grid.path}: claim {position}"
         part_of(claim, _CLAIM, where, needed=("claim", "of", "more"))
-        grid.check_figure(claim["of"], where)
+        for figure in ("of", "than"):
+            grid.check_figure(claim.get(figure, claim["of"]), where)
         for part in ("more", "less", "at"):
-            grid.check_values(claim.get(part, {}), f"{where}, {part}")
+            grid.check_values(_point(claim, part, grid), f"{where}, {part}")
+
+
+def _point(claim: Mapping, part: str, grid: Grid) -> dict[str, str]:
+    """A claim's values of axes; one may be an entry of the scale."""
+    where = f"{grid.path}: {claim['claim']}"
+    return {axis: grid.with_entries(str(name), where, whole=True) for axis, name in claim.get(part, {}).items()}
 
 
 def verdicts(grid: Grid, results: Results) -> list[Verdict]:
@@ -54,19 +62,17 @@ def verdicts(grid: Grid, results: Results) -> list[Verdict]:
 def _verdict(claim: Mapping, grid: Grid, results: Results) -> Verdict:
     by = claim.get("by", 0)
     first = {axis: values[0].name for axis, values in grid.axes.items()}
-    more, less = (
-        {**first, **{axis: str(name) for axis, name in {**claim.get("at", {}), **claim.get(part, {})}.items()}}
-        for part in ("more", "less")
-    )
+    at, *ends = (_point(claim, part, grid) for part in ("at", "more", "less"))
+    more, less = ({**first, **at, **end} for end in ends)
     here = results.estimate(claim["of"], more)
-    there = results.estimate(claim["of"], less) if "less" in claim else None
-    found = results.difference(claim["of"], more, less) if "less" in claim else here
+    than = claim.get("than", claim["of"])
+    there = results.estimate(than, less) if "less" in claim else None
+    found = results.difference(claim["of"], more, less, than) if "less" in claim else here
     if found is None:
         return Verdict(claim["claim"], "not measured", "", "0")
-    shown = ", ".join(f"{axis} {name}" for axis, name in claim["more"].items())
+    shown, other = (", ".join(f"{axis} {name}" for axis, name in end.items()) for end in ends)
     words = f"{shown}: {_words(here)}"
     if there:
-        other = ", ".join(f"{axis} {name}" for axis, name in claim["less"].items())
         words += f"; {other}: {_words(there)}; difference {_words(found, '+')}"
     return Verdict(claim["claim"], _decision(found, by), words + (f", to be above {by:g}" if by else ""), found.n)
 

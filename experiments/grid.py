@@ -12,8 +12,9 @@
       judged: linear_eval.py --modeltype stolen --stolen {copy}
       proof: {run: "verify.py --method watermark --victim {victim} --suspect {copy*}", without: {loss: [mse]}}
 
-In a step, {name} is the text of an axis's value, an entry of the scale, or the run of another step; {name*} are all
-runs of a step. A step depends on the axes that its text names and on those of the steps that it names, unless by {*}.
+In a step, {name} is the text of an axis's value, an entry of the scale, or the run of another step, which an entry may
+name too; {name*} are all runs of a step. A step depends on the axes that its text names and on those of the steps that
+it names, unless by {*}.
 """
 
 import hashlib
@@ -173,15 +174,16 @@ class Grid:
     def _step(self, name: str, declared: Any) -> Step:
         where = f"{self.path}: step {name!r}"
         declared = part_of(declared, _STEP, where, needed=("run",), text_is="run")
+        run = self.with_entries(declared["run"], where)
         found, judged = set(), []
-        for known, _, star in _NAME.findall(declared["run"]):
+        for known, _, star in _NAME.findall(run):
             refuse_unknown(known, self.steps if star else [*self.axes, *self.scale, *self.steps], where)
             found |= set() if star else self._axes_of(known)
             judged += [known] if star else []
         without = declared.get("without", {})
         self.check_values(without, f"{where}, without")
         axes = tuple(axis for axis in self.axes if axis in found)
-        return Step(name, declared["run"], axes, without, *judged[:1])
+        return Step(name, run, axes, without, *judged[:1])
 
     def _axes_of(self, name: str) -> set[str]:
         return set(self.steps[name].axes) if name in self.steps else {name} & self.axes.keys()
@@ -206,10 +208,8 @@ class Grid:
                 cells = self._runs_of(name, names, step, bool(star))
                 needs.extend(cells)
                 return shlex.join(str(cell.folder) for cell in cells)
-            if name in names:
-                value = next(value for value in self.axes[name] if value.name == names[name])
-                return _NAME.sub(lambda inner: str(self._entry(inner[1], step)), value.texts.get(part or "", ""))
-            return str(self._entry(name, step))
+            value = next(value for value in self.axes[name] if value.name == names[name])
+            return self.with_entries(value.texts.get(part or "", ""), f"{self.path}: axis {name!r}", whole=True)
 
         line = _NAME.sub(text_of, step.run)
         try:
@@ -228,12 +228,19 @@ class Grid:
             self._made[command] = Cell(step.name, at, folder, whole, list(dict.fromkeys(needs)))
         return self._made[command]
 
-    def _entry(self, name: str, step: Step) -> Any:
-        """An entry of the scale."""
-        refuse_unknown(name, self.scale, f"{self.path}: step {step.name!r}")
-        if not isinstance(self.scale[name], _SCALAR):
-            raise UserError(f"{self.path}: step {step.name!r}: {{{name}}} is {self.scale[name]!r}: make it an axis")
-        return self.scale[name]
+    def with_entries(self, line: str, where: str, whole: bool = False) -> str:
+        """A text with the scale's entries in the place of their names; whole: it may have no other names."""
+
+        def text_of(match: re.Match) -> str:
+            name, _, star = match.groups()
+            if not whole and (star or name not in self.scale):
+                return match[0]
+            refuse_unknown(name, self.scale, where)
+            if not isinstance(self.scale[name], _SCALAR):
+                raise UserError(f"{where}: {{{name}}} is {self.scale[name]!r}: make it an axis")
+            return str(self.scale[name])
+
+        return _NAME.sub(text_of, line)
 
     def _runs_of(self, name: str, names: Mapping[str, str], step: Step, every: bool) -> list[Cell]:
         """The cells of a step that agree with the values in `names`: the only one, or every one."""

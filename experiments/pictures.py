@@ -4,10 +4,14 @@
       accuracy: {kind: curve, x: budget, y: judged.top1_converged, lines: loss, label: "copy's accuracy (%)"}
       table: {kind: heat, x: attack, y: defence, of: judged.top1_converged, label: "copy's accuracy (%)"}
       sides: {kind: sides, copy: judged.top1_converged, user: user.top1_converged, lines: defence, at: {attack: mse}}
+      found: {kind: roc, of: streams.roc, curves: {plain queries: task_plain_coverage}}
+      maps: {kind: map, of: judged.map, lines: attack}
 
 curve: a line over an axis of numbers for each value of `lines`, with its interval as a band. heat: a figure at two
-axes. sides: what is left to a user against what a copy reaches, a line through the strengths of each defence. `at`
-gives the values of further axes; an axis without a value there takes its first.
+axes. sides: what is left to a user against what a copy reaches, a line through the strengths of each defence. roc:
+the curves with these names in the rows of a step, each the mean of its runs' curves. map: the plane maps in the rows of
+a step, the victim's first, then those of the encoders at each value of `lines`, of the first seeds. `at` gives the
+values of further axes; an axis without a value there takes its first.
 """
 
 import itertools
@@ -34,9 +38,12 @@ _KINDS: dict[str, dict[str, Check]] = {
     "curve": _COMMON | {"x": text(), "y": text(), "lines": text(), "x_label": text()},
     "heat": _COMMON | {"x": text(), "y": text(), "of": text()},
     "sides": _COMMON | {"copy": text(), "user": text(), "lines": text()},
+    "roc": _COMMON | {"of": text(), "curves": table(text())},
+    "map": _COMMON | {"of": text(), "lines": text()},
 }
-_AXES = {"curve": ("x", "lines"), "heat": ("x", "y"), "sides": ("lines",)}
-_FIGURES = {"curve": ("y",), "heat": ("of",), "sides": ("copy", "user")}
+_AXES = {"curve": ("x", "lines"), "heat": ("x", "y"), "sides": ("lines",), "roc": (), "map": ("lines",)}
+_FIGURES = {"curve": ("y",), "heat": ("of",), "sides": ("copy", "user"), "roc": ("of",), "map": ("of",)}
+_ALSO = {"roc": ("curves",)}
 PARTS: dict[str, Check] = {"pictures": table()}
 
 
@@ -47,7 +54,7 @@ def declared_pictures(grid: Grid) -> dict[str, Mapping[str, Any]]:
         kind = picture.get("kind") if isinstance(picture, Mapping) else None
         if kind not in _KINDS:
             raise UserError(f"{where} is of kind {kind!r}: give {', '.join(_KINDS)}")
-        part_of(picture, _KINDS[kind], where, needed=(*_AXES[kind], *_FIGURES[kind]))
+        part_of(picture, _KINDS[kind], where, needed=(*_AXES[kind], *_FIGURES[kind], *_ALSO.get(kind, ())))
         grid.check_axes([picture[part] for part in _AXES[kind]], where)
         grid.check_values(picture.get("at", {}), f"{where}, at")
         for part in _FIGURES[kind]:
@@ -161,6 +168,44 @@ def _sides(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
     return _legend_below(axes)
 
 
+def _roc(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
+    step, _, name = picture["of"].partition(".")
+    rows = [row[name] for _, row in results.rows(step, _point(grid, picture)) if isinstance(row.get(name), Mapping)]
+    shares = np.linspace(0, 1, 201)
+    for number, (label, curve) in enumerate(picture["curves"].items()):
+        known = [np.array(row[curve]) for row in rows if curve in row]
+        if not known:
+            continue
+        # At a share of false alarms, the greatest share of attacks that no more false alarms find.
+        found = [points[np.searchsorted(points[:, 0], shares, side="right") - 1, 1] for points in known]
+        style = {**_style(number), "marker": ""}
+        axes.plot(shares, np.mean(found, axis=0), drawstyle="steps-post", label=f"{label} (n {len(known)})", **style)
+    axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
+    axes.set(xlabel="users' streams flagged (share)", ylabel="attackers' streams flagged (share)", aspect="equal")
+    return _legend_below(axes)
+
+
+def _map(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
+    step, _, name = picture["of"].partition(".")
+    panels: dict[str, tuple[list, list]] = {}
+    for value in grid.axes[picture["lines"]]:
+        rows = results.rows(step, _point(grid, picture, **{picture["lines"]: value.name}))
+        found = rows[0][1].get(name) if rows else None
+        if isinstance(found, Mapping):
+            if "victim" in found:  # of several victims, as where one is untrained, the first
+                panels.setdefault("victim", (found["victim"], found["labels"]))
+            panels[value.name] = found["encoder"], found["labels"]
+    figure, columns = axes.figure, min(4, max(1, len(panels)))
+    axes.remove()
+    lines = -(-len(panels) // columns)
+    figure.set_size_inches(2.2 * columns, 2.4 * max(1, lines))
+    for number, (title, (points, labels)) in enumerate(panels.items(), 1):
+        panel = figure.add_subplot(lines, columns, number, aspect="equal", xticks=[], yticks=[])
+        panel.scatter(*zip(*points, strict=True), c=labels, cmap="tab10", s=5, linewidths=0)
+        panel.set_title(title, fontsize=8)
+    return bool(panels)
+
+
 def _legend_below(axes: Any) -> bool:
     """Put the legend outside of the axes, where no point is; whether there is anything to name."""
     handles, names = axes.get_legend_handles_labels()
@@ -170,4 +215,7 @@ def _legend_below(axes: Any) -> bool:
     return bool(handles)
 
 
-_DRAW: dict[str, Callable[[Any, Grid, Results, Mapping], bool]] = {"curve": _curve, "heat": _heat, "sides": _sides}
+_DRAW: dict[str, Callable[[Any, Grid, Results, Mapping], bool]] = {
+    **{"curve": _curve, "heat": _heat, "sides": _sides},
+    **{"roc": _roc, "map": _map},
+}

@@ -93,16 +93,25 @@ class Results:
             rows = [row for row in rows if Path(str(row.get("checkpoint"))).resolve().parent in folders]
         return {**cost, **rows[0]} if rows else cost
 
-    def samples(self, figure: str, at: Point) -> list[Sample]:
-        """The figure STEP.NAME at a point of the other axes, for all seeds; without the cells that are not there."""
-        step, _, name = figure.partition(".")
+    def rows(self, step: str, at: Point) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
+        """The seeds and the figures of a step's cells at a point of the other axes, of all that have ended."""
         found = []
         for seeds in self._seeds_of(step):
             row = self.row(step, {**at, **seeds})
-            value = row.get(name) if row else None
-            if isinstance(value, int | float):
-                found.append(Sample(float(value), tuple(seeds.get(axis, "") for axis in self.seeds), row))
+            if row is not None:
+                found.append((tuple(seeds.get(axis, "") for axis in self.seeds), row))
         return found
+
+    def samples(self, figure: str, at: Point) -> list[Sample]:
+        """The figure STEP.NAME at a point of the other axes, for all seeds; without the runs that do not have it."""
+        step, _, name = figure.partition(".")
+        rows = [(seeds, row) for seeds, row in self.rows(step, at) if isinstance(row.get(name), int | float)]
+        return [Sample(float(row[name]), seeds, row) for seeds, row in rows]
+
+    def undecided(self, figure: str, at: Point) -> int:
+        """How many runs at a point tried to decide a figure, such as `found` of an ownership test, and could not."""
+        step, _, name = figure.partition(".")
+        return sum(name in row and row[name] is None for _, row in self.rows(step, at))
 
     def estimate(self, figure: str, at: Point) -> Estimate | None:
         """The mean of a figure at a point; None where no run has it."""
@@ -114,13 +123,17 @@ class Results:
             return replace(found, low=max(0.0, found.low), high=min(100.0, found.high))
         return of_run(samples[0].row, figure.partition(".")[2])
 
-    def difference(self, figure: str, at: Point, other: Point) -> Estimate | None:
-        """The mean difference of a figure at two points, of runs with the same seeds; None where there are none."""
-        there = {sample.seeds: sample for sample in self.samples(figure, other)}
-        pairs = [(sample, there[sample.seeds]) for sample in self.samples(figure, at) if sample.seeds in there]
+    def difference(self, figure: str, at: Point, other: Point, than: str | None = None) -> Estimate | None:
+        """The mean difference of a figure at two points, of runs with the same seeds; None where there are none.
+
+        than: the figure at the other point, if it is another one: of a victim, which has fewer seeds than its copies.
+        """
+        there = self.samples(than or figure, other)
+        pairs = [(one, two) for one in self.samples(figure, at) for two in there if _same(one.seeds, two.seeds)]
         if len(pairs) != 1:
             return _mean([(one.seeds, one.value - two.value) for one, two in pairs], test=True)
-        return between_runs(*(sample.row for sample in pairs[0]), figure.partition(".")[2])
+        (one, two), (name, of_other) = pairs[0], (each.partition(".")[2] for each in (figure, than or figure))
+        return between_runs(one.row, two.row, name, of_other)
 
     def _seeds_of(self, step: str) -> list[dict[str, str]]:
         """The seeds of a step's rows: of its cells or, where its rows are about another step's runs, of those."""
@@ -138,12 +151,12 @@ def of_run(row: Mapping, name: str) -> Estimate:
     return Estimate(float(row[name]), 100 * low, 100 * high, 1, 1)
 
 
-def between_runs(one: Mapping, other: Mapping, name: str) -> Estimate:
-    """The difference of a figure of two single runs, by their rows: paired, where these say which images are right."""
-    difference = float(one[name]) - float(other[name])
+def between_runs(one: Mapping, other: Mapping, name: str, of_other: str) -> Estimate:
+    """The difference of figures of two single runs, by their rows: paired, where these say which images are right."""
+    difference = float(one[name]) - float(other[of_other])
     right = [_right(row) for row in (one, other)]
     same_images = one.get("test_digest") == other.get("test_digest")
-    of_right = name == "top1_converged"  # the probe whose right answers a row has
+    of_right = name == of_other == "top1_converged"  # the probe whose right answers a row has
     if not same_images or not of_right or any(answers is None for answers in right):
         return Estimate(difference, None, None, 1, 1)
     return Estimate(difference, *paired_interval(*right), 1, 1, mcnemar(*right)[0])
@@ -165,6 +178,11 @@ def _mean(values: Sequence[tuple[tuple[str, ...], float]], test: bool = False) -
     half = float(stats.t.ppf(0.975, len(of) - 1)) * error
     p = float(stats.ttest_1samp(of, 0).pvalue) if test and error else None
     return Estimate(mean, mean - half, mean + half, victims, len(values), p)
+
+
+def _same(seeds: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two runs agree in the seeds that both have."""
+    return all(one == other or not (one and other) for one, other in zip(seeds, others, strict=True))
 
 
 def _right(row: Mapping) -> np.ndarray | None:

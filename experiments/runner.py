@@ -96,14 +96,24 @@ class Runner:
         self.failed: dict[Cell, str] = {}
         self.left_out: dict[Cell, Cell] = {}  # and what they need, which failed or was left out
 
-    def finished(self, cell: Cell) -> bool:
-        """Whether a cell has finished: its line is there, and the folder of its run."""
-        return cell.command in self.lines and (ROOT / cell.folder).is_dir()
+    def left(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Of these cells, each after those that it needs, the ones to run.
+
+        A cell has finished when its line is there. It runs again only where another cell that is left needs its run and
+        the run's folder is gone: lines are kept and shared, the runs behind them mostly not.
+        """
+        wanted: set[Cell] = set()
+        left: set[Cell] = set()
+        for cell in reversed(cells):
+            if cell.command not in self.lines or (cell in wanted and not (ROOT / cell.folder).is_dir()):
+                left.add(cell)
+                wanted.update(cell.needs)
+        return [cell for cell in cells if cell in left]
 
     def plan(self, cells: Sequence[Cell]) -> list[str]:
         """The commands of cells, in their order, and as a comment the minutes that those left will take."""
-        lines = [f"{cell.command}  # done" if self.finished(cell) else cell.command for cell in cells]
-        left = [cell for cell in cells if not self.finished(cell)]
+        left = self.left(cells)
+        lines = [cell.command if cell in left else f"{cell.command}  # done" for cell in cells]
         seconds, unknown = self._seconds_of(left)
         if left and seconds:
             more = f", and the time of {', '.join(unknown)}" if unknown else ""
@@ -123,7 +133,7 @@ class Runner:
         taken = lock(self.folder)
         try:
             self.lines = read_cells(self.folder)  # another process may have been here since
-            self.waiting = [cell for cell in cells if not self.finished(cell)]
+            self.waiting = self.left(cells)
             self.failed, self.left_out = {}, {}
             workers = Workers({cell.words[0] for cell in self.waiting}, max(1, cores() // self.jobs))
             with deferred(), self._ending(), _bar(len(cells)) as bar:

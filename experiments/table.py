@@ -7,6 +7,7 @@ table:
   columns:
     copy: {of: judged.top1_converged, best: max}
     to no defence: {of: judged.top1_converged, to: {defence: none}}    # paired difference
+    to the victim: {of: judged.top1_converged, than: owner.top1_converged}
     queries: judged.queries                     # STEP.NAME of a figure in the rows of that step
 """
 
@@ -24,7 +25,7 @@ from utils import UserError
 
 _TABLE: dict[str, Check] = {"of": text(), "lines": list_of(text(), at_least=1), "across": text()}
 _TABLE |= {"seeds": list_of(text()), "columns": table()}
-_COLUMN: dict[str, Check] = {"of": text(), "to": table(text()), "best": text()}
+_COLUMN: dict[str, Check] = {"of": text(), "to": table(text()), "than": text(), "best": text()}
 PARTS: dict[str, Check] = {"table": table()}
 NOTE = """\
 [a, b]: 95 % interval; of several victims over their means, of several seeds over these (Student's t), of a single run
@@ -36,18 +37,37 @@ out 0."""
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the figure STEP.NAME, or its difference to the point with `to`'s values; best: max, min or nothing."""
+    """A column: the figure STEP.NAME, or its difference to the figure `than`, or to itself, at the point with `to`'s
+    values. best: max, min or nothing."""
 
     name: str
     of: str
     to: Mapping[str, str]
+    than: str
     best: str
 
+    @property
+    def compares(self) -> bool:
+        return bool(self.to) or self.than != self.of
+
     def estimate(self, results: Results, at: Mapping[str, str]) -> Estimate | None:
-        if not self.to:
+        if not self.compares:
             return results.estimate(self.of, at)
         other = {**at, **self.to}
-        return None if other == at else results.difference(self.of, at, other)
+        return None if (other, self.than) == (at, self.of) else results.difference(self.of, at, other, self.than)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of the table. undecided: how many runs tried to decide the figure and could not."""
+
+    column: Column
+    estimate: Estimate | None
+    undecided: int = 0
+
+    def __str__(self) -> str:
+        said = spelled(self.column.of.partition(".")[2], self.estimate, self.column.compares)
+        return ", ".join(filter(None, [said, f"{self.undecided} undecided" if self.undecided else ""]))
 
 
 class Layout:
@@ -69,12 +89,14 @@ class Layout:
     def _column(self, name: str, declared: Any, where: str) -> Column:
         where = f"{where}, column {name!r}"
         declared = part_of(declared, _COLUMN, where, needed=("of",), text_is="of")
-        self.grid.check_figure(declared["of"], where)
+        than = declared.get("than", declared["of"])
+        for figure in (declared["of"], than):
+            self.grid.check_figure(figure, where)
         best = declared.get("best", "")
         if best not in ("", "max", "min"):
             raise UserError(f"{where}: best {best!r}: give max or min")
         self.grid.check_values(declared.get("to", {}), f"{where}, to")
-        return Column(name, declared["of"], declared.get("to", {}), best)
+        return Column(name, declared["of"], declared.get("to", {}), than, best)
 
     def points(self) -> list[dict[str, str]]:
         """The points of the lines: those of the cells of the step that the lines are of."""
@@ -86,8 +108,8 @@ class Layout:
         """Where a line stands: in the order of the axes' values, the first axis of the lines first."""
         return [[value.name for value in self.grid.axes[axis]].index(point[axis]) for axis in self.lines]
 
-    def estimates(self, results: Results) -> list[tuple[dict[str, str], dict[str, tuple[Column, Estimate | None]]]]:
-        """For each line: its point, and by its heading each column with its estimate."""
+    def entries(self, results: Results) -> list[tuple[dict[str, str], dict[str, Entry]]]:
+        """For each line: its point, and its entries by their headings."""
         blocks: list[Value | None] = [*self.grid.axes[self.across]] if self.across else [None]
         lines = []
         for point in self.points():
@@ -96,24 +118,24 @@ class Layout:
                 at = {**point, **({self.across: block.name} if block else {})}
                 for column in self.columns:
                     heading = f"{block.name}: {column.name}" if block else column.name
-                    cells[heading] = (column, column.estimate(results, at))
+                    undecided = results.undecided(column.of, at) if column.of.endswith(".found") else 0
+                    cells[heading] = Entry(column, column.estimate(results, at), undecided)
             lines.append((point, cells))
         return lines
 
 
 def frames(layout: Layout, results: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table as it is read, and with a number a column: mean, low, high, victims, runs and p of each figure."""
-    lines = layout.estimates(results)
+    lines = layout.entries(results)
     bold = {heading: _best(layout, results, lines, heading) for heading in (lines[0][1] if lines else ())}
     words, numbers = [], []
     for index, (point, cells) in enumerate(lines):
         shown, plain = dict(point), dict(point)
-        runs = {estimate.n for _, estimate in cells.values() if estimate}
-        for heading, (column, estimate) in cells.items():
-            said = spelled(column.of.partition(".")[2], estimate, bool(column.to))
-            shown[heading] = f"**{said}**" if bold[heading] == index else said
+        runs = {entry.estimate.n for entry in cells.values() if entry.estimate}
+        for heading, entry in cells.items():
+            shown[heading] = f"**{entry}**" if bold[heading] == index else str(entry)
             for name in ("mean", "low", "high", "victims", "runs", "p"):
-                plain[f"{heading} ({name})"] = getattr(estimate, name, None)
+                plain[f"{heading} ({name})"] = getattr(entry.estimate, name, None)
         shown["n"] = max(runs, key=lambda n: (len(n), n), default="0")
         words.append(shown)
         numbers.append(plain)
@@ -122,9 +144,10 @@ def frames(layout: Layout, results: Results) -> tuple[pd.DataFrame, pd.DataFrame
 
 def _best(layout: Layout, results: Results, lines: Sequence, heading: str) -> int | None:
     """The line that is the best of a column, where its difference to the next is decided."""
-    column = lines[0][1][heading][0]
-    known = [(cells[heading][1].mean, index) for index, (_, cells) in enumerate(lines) if cells[heading][1]]
-    if not column.best or column.to or len(known) < 2:
+    column = lines[0][1][heading].column
+    estimates = [cells[heading].estimate for _, cells in lines]
+    known = [(estimate.mean, index) for index, estimate in enumerate(estimates) if estimate]
+    if not column.best or column.compares or len(known) < 2:
         return None
     (_, first), (_, second), *_ = sorted(known, reverse=column.best == "max")
     block = {layout.across: heading.removesuffix(f": {column.name}")} if layout.across else {}

@@ -483,6 +483,14 @@ def test_prada_flags_the_streams_whose_w_is_below_delta():
     assert f"| plain | 2 | 0.15 | 0.1 | 50% [{low:.0%}, {high:.0%}] |" in watching.stream_table(scores, figures)
 
 
+def test_curves_are_the_roc_of_each_statistic():
+    scores = {kind: {"nearest": [3.0, 1.0], "prada": []} for kind in streams.ATTACKERS}
+    scores["task"] = {"nearest": [2.0, 0.0], "prada": [0.1]}
+    curves = watching.stream_curves(scores)
+    assert curves.keys() == {f"task_{kind}_nearest" for kind in streams.ATTACKERS}
+    assert curves["task_plain_nearest"] == [[0, 0], [0, 0.5], [0.5, 0.5], [0.5, 1], [1, 1]]
+
+
 def test_figures_have_intervals_and_streams_without_a_score_are_left_out():
     users, attacks = [float(value) for value in range(40)], [30.5, 10.5, 60.5, 70.5]
     scores = {kind: {"nearest": attacks, "prada": [0.2, 0.3]} for kind in streams.ATTACKERS}

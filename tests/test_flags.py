@@ -264,6 +264,7 @@ EFFECTS = {
             "save": "False",
             "fidelity": "True",
             "independent": (("--fidelity",), "random"),
+            "map_images": "12",
             "recipe": (("--num-test", "24"), "released"),
             **FOUND,
         },

@@ -106,6 +106,22 @@ def test_folders_depend_on_the_command_alone(write, tmp_path):
     assert set(before) < set(after)
 
 
+def test_an_entry_of_the_scale_may_name_a_step_or_a_file(write):
+    """Where a scale has no run to begin with, but an encoder from elsewhere."""
+    steps = {"victim": "{victim_run}", "copy": "steal.py --victim {source} --seed {seed}"}
+    scales = {
+        "demo": {"victim_run": "run.py", "source": "{victim}", "own_flags": "", "seeds": [0]},
+        "full": {"victim_run": "linsimsiam.py", "source": "a.pth.tar", "own_flags": "", "seeds": [0]},
+    }
+    changes = {"steps": steps, "scales": scales, "table": {**TINY["table"], "of": "copy", "lines": ["seed"]}}
+    demo, full = (grid_of(write(**changes), scale).unique() for scale in ("demo", "full"))
+    assert [cell.words[0] for cell in demo] == ["run.py", "steal.py"]
+    assert demo[1].needs == [demo[0]]
+    assert demo[1].words[2] == str(demo[0].folder)
+    assert full[1].words[2] == "a.pth.tar"
+    assert full[1].needs == []
+
+
 def test_scales_beside_the_file_are_joined_with_its_own(write, tmp_path):
     (tmp_path / "scales.yaml").write_text("demo: {data: cifar10, own_flags: --epochs 9}\nfull: {seeds: [0]}\n")
     demo = grid_of(write(scales={"demo": {"seeds": [0], "own_flags": "--epochs 3"}})).scale
@@ -188,7 +204,7 @@ def test_a_file_without_a_part_or_that_is_none_is_named(write, tmp_path):
 
 
 ATTACK_TABLES = {"attacks", "architectures", "budgets", "defences", "heads", "losses", "queries-to-clones"}
-ATTACK_TABLES |= {"query-sets", "released-vs-standard"}
+ATTACK_TABLES |= {"adaptive", "query-sets", "released-vs-standard"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.report import write_report
 from experiments.results import Prices
-from tests.test_results import grid_with, lines_of
+from tests.test_results import EXPERIMENT, grid_with, lines_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000")
@@ -37,7 +37,7 @@ def test_the_page_shows_its_pictures_sorts_its_table_and_asks_for_nothing(tmp_pa
     assert "CONSOLE" not in shown.stderr, shown.stderr
     title = shown.stdout.partition("<title>")[2].partition("</title>")[0]
     found = json.loads(title)
-    assert found["sizes"] == ["true:true"] * 3
+    assert found["sizes"] == ["true:true"] * len(EXPERIMENT["pictures"])
     assert found["requests"] == 0
     assert found["up"] == sorted(found["up"])
     assert found["down"] == sorted(found["up"], reverse=True)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 from evaluation.rows import packed
+from experiments import pictures
 from experiments.claims import verdicts
 from experiments.grid import Grid
 from experiments.report import PARTS, write_report
@@ -34,7 +36,7 @@ EXPERIMENT = {
         "victim_seed": [0, 1, 2],
         "seed": [0, 1],
     },
-    "scales": {"demo": {}},
+    "scales": {"demo": {"most": 1000}},
     "steps": {
         "victim": "run.py --seed {victim_seed}",
         "copy": "steal.py --victim {victim} --losstype {loss} {defence} --num_queries {queries} --seed {seed}",
@@ -53,12 +55,16 @@ EXPERIMENT = {
             "mark": "proof.accuracy",
             "queries": "judged.queries",
             "dollars": "copy.dollars",
+            "to user": {"of": "judged.top1_converged", "than": "user.top1_converged"},
+            "stolen": "proof.found",
         },
     },
     "pictures": {
         "curve": {"kind": "curve", "x": "queries", "y": "judged.top1_converged", "lines": "loss"},
         "heat": {"kind": "heat", "x": "loss", "y": "defence", "of": "judged.top1_converged"},
         "sides": {"kind": "sides", "copy": "judged.top1_converged", "user": "user.top1_converged", "lines": "defence"},
+        "roc": {"kind": "roc", "of": "user.roc", "curves": {"plain": "task_plain", "unknown": "task_none"}},
+        "map": {"kind": "map", "of": "judged.map", "lines": "loss"},
     },
     "published": [{"source": "a paper", "accuracy": 61.5}],
     "claims": [
@@ -74,6 +80,13 @@ EXPERIMENT = {
             "more": {"loss": "infonce"},
             "less": {"loss": "mse"},
             "by": 50,
+        },
+        {
+            "claim": "a copy is better than a user",
+            "of": "judged.top1_converged",
+            "than": "user.top1_converged",
+            "more": {"queries": "{most}"},
+            "less": {},
         },
     ],
 }
@@ -118,13 +131,16 @@ def lines_of(grid: Grid) -> list[dict]:
         if cell.step == "judged":
             value = accuracy_of(at)
             right = {"right": packed(answers(value, len(lines))), "test_images": IMAGES, "test_digest": "d"}
-            line["rows"] = [{"top1_converged": value, "queries": int(at["queries"]), **right}]
+            plane = {"encoder": [[0.0, 1.0], [0.5, -1.0]], "victim": [[1.0, 1.0], [0.0, 0.0]], "labels": [0, 1]}
+            line["rows"] = [{"top1_converged": value, "queries": int(at["queries"]), "map": plane, **right}]
         if cell.step == "user":
-            line["rows"] = [{"top1_converged": 70.0 + int(at["victim_seed"]) - len(at["defence"])}]
+            curves = {"task_plain": [[0.0, 0.0], [0.0, 0.5], [0.5, 1.0], [1.0, 1.0]]}
+            line["rows"] = [{"top1_converged": 70.0 + int(at["victim_seed"]) - len(at["defence"]), "roc": curves}]
         if cell.step == "proof":
             copies = [need for need in cell.needs if need.step == "copy"]
             place = [(str(copy.folder / "checkpoint.pth.tar"), float(i)) for i, copy in enumerate(copies)]
-            line["rows"] = [{"checkpoint": path, "accuracy": value} for path, value in place]
+            found = (True, None, False)[int(at["victim_seed"])]
+            line["rows"] = [{"checkpoint": path, "accuracy": value, "found": found} for path, value in place]
         lines.append(line)
     return lines
 
@@ -208,6 +224,24 @@ def test_of_the_rows_of_several_encoders_a_line_has_its_own(results, grid):
         assert row["accuracy"] == position
 
 
+def test_a_copy_is_compared_with_what_has_fewer_seeds(results):
+    """Each of a user's figures, which know no loss and no seed of an attacker, with those of the same victim."""
+    found = results.difference("judged.top1_converged", AT, AT, "user.top1_converged")
+    values = [
+        np.mean([accuracy_of({**AT, "victim_seed": victim, "seed": seed}) for seed in "01"])
+        - (70 + int(victim) - len("none"))
+        for victim in "012"
+    ]
+    assert (found.mean, found.n) == (pytest.approx(np.mean(values)), "3 x 2")
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue) if np.std(values) > 0 else found.p is None
+
+
+def test_what_a_test_could_not_decide_is_counted(grid, results):
+    words, _ = frames(Layout(grid), results)
+    assert results.undecided("proof.found", AT) == 2
+    assert set(words["100: stolen"]) == {"2 of 4, 2 undecided"}
+
+
 def test_costs_are_of_hours_and_queries(grid):
     results = Results(grid, lines_of(grid), ["victim_seed", "seed"], Prices(thousand_queries=2.0, hour=3.0))
     assert results.estimate("copy.dollars", {**AT, "queries": "1000"}).mean == pytest.approx(2 + 3)
@@ -226,8 +260,13 @@ def test_bold_is_the_best_whose_lead_is_decided(grid, results):
 
 
 def test_a_claim_is_decided_by_the_interval_of_the_difference(grid, results):
-    first, second = verdicts(grid, results)
+    first, second, third = verdicts(grid, results)
     assert (first.verdict, second.verdict) == ("holds", "does not")
+    pair = [
+        results.estimate(name, {**AT, "queries": "1000"}) for name in ("judged.top1_converged", "user.top1_converged")
+    ]
+    assert f"difference {pair[0].mean - pair[1].mean:+.1f}" in third.evidence
+    assert third.evidence.startswith("queries 1000: ")
     assert "difference +10.0" in first.evidence
     nothing = verdicts(grid, Results(grid, [], ["victim_seed", "seed"]))
     assert {one.verdict for one in nothing} == {"not measured"}
@@ -266,19 +305,46 @@ def test_the_files_of_an_experiment_are_written(grid, tmp_path):
     rows = list(csv.DictReader((out / "table.csv").open()))
     assert len(rows) == 6
     assert float(rows[0]["100: copy (low)"]) < float(rows[0]["100: copy (mean)"]) < float(rows[0]["100: copy (high)"])
-    assert [one["verdict"] for one in json.loads((out / "claims.json").read_text())] == ["holds", "does not"]
-    for name in ("curve", "heat", "sides"):
+    assert [one["verdict"] for one in json.loads((out / "claims.json").read_text())][:2] == ["holds", "does not"]
+    for name in EXPERIMENT["pictures"]:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     page = _Page()
     page.feed((out / "report.html").read_text())
     assert page.open == []
     assert all(source.startswith("data:") for source in page.sources), "the page needs no other file"
-    assert len(page.sources) == 1 + 3
+    assert len(page.sources) == 1 + len(EXPERIMENT["pictures"])
     assert "Losses & <defences>." in page.text
     assert "a paper" in page.text
     assert "61.5" in page.text
     assert page.text.index("infonce is better") < page.text.index("noise 0.5")
+
+
+def drawn(grid, results, name, monkeypatch):
+    """The axes of a picture, before its figure is closed."""
+    from matplotlib import pyplot
+
+    kept = {}
+    monkeypatch.setattr(pyplot, "close", lambda figure: kept.setdefault(len(kept), figure))
+    pictures.draw(grid, results, grid.path.parent)
+    names = list(pictures.declared_pictures(grid))
+    return kept[names.index(name)].axes
+
+
+def test_a_roc_is_the_mean_of_the_runs_curves(grid, results, monkeypatch):
+    (axes,) = drawn(grid, results, "roc", monkeypatch)
+    curve, chance = axes.lines
+    assert curve.get_label() == "plain (n 3)", "a curve that no run has is left out"
+    found = dict(zip(np.round(curve.get_xdata(), 3), curve.get_ydata(), strict=True))
+    assert (found[0.0], found[0.25], found[0.5], found[1.0]) == (0.5, 0.5, 1.0, 1.0)
+    assert list(chance.get_xdata()) == [0, 1]
+
+
+def test_maps_stand_side_by_side_the_victims_first(grid, results, monkeypatch):
+    panels = drawn(grid, results, "map", monkeypatch)
+    assert [panel.get_title() for panel in panels] == ["victim", "mse", "infonce"]
+    assert panels[0].collections[0].get_offsets().tolist() == [[1, 1], [0, 0]]
+    assert panels[2].collections[0].get_offsets().tolist() == [[0, 1], [0.5, -1]]
 
 
 def test_the_same_results_give_the_same_files(grid, tmp_path):

@@ -150,7 +150,7 @@ def test_a_damaged_line_is_named_and_its_run_is_read_again(again, capsys):
     said = capsys.readouterr().err
     assert f"cells.jsonl: 1 broken lines are skipped ({number + 1})" in said
     assert "cells.jsonl: 1 lines are skipped: they are about no cell" in said
-    assert [cell.command for cell in grid.unique() if not runner.finished(cell)] == [lost["command"]]
+    assert [cell.command for cell in runner.left(grid.unique())] == [lost["command"]]
     assert runner.run(grid.unique()) == ""
     assert "5/5 done: judged loss=mse seed=0 (" in capsys.readouterr().out
     assert sum(starts(grid)) == sum(before) + 1
@@ -158,16 +158,22 @@ def test_a_damaged_line_is_named_and_its_run_is_read_again(again, capsys):
     assert read_cells(folder).keys() == whole.keys()
 
 
-def test_a_run_whose_folder_is_gone_runs_again(again):
+def test_a_run_whose_folder_is_gone_runs_again_where_it_is_needed(again):
+    """Lines that were kept without their runs, as those of a repository, are as good as runs."""
     grid, folder = again
-    cell = grid.where("judged", {"loss": "infonce", "seed": "0"})
-    shutil.rmtree(cell.folder)
+    victim, copy, judged = (grid.where(step, {"loss": "infonce", "seed": "0"}) for step in ("victim", "copy", "judged"))
+    lines = read_cells(folder)
+    shutil.rmtree(copy.folder)
+    assert Runner(grid, folder).left(grid.unique()) == []
+    kept = [line for line in lines.values() if line["command"] != judged.command]
+    (folder / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     runner = Runner(grid, folder, jobs=2)
-    assert [one for one in grid.unique() if not runner.finished(one)] == [cell]
+    assert runner.left(grid.unique()) == [copy, judged]  # the victim's run is there
+    shutil.rmtree(victim.folder)
+    assert runner.left(grid.unique()) == [victim, copy, judged]
     assert runner.run(grid.unique()) == ""
-    before, after = (line for line in lines_in(folder) if line["command"] == cell.command)
-    assert read_cells(folder)[cell.command] == after
-    assert before["rows"][0]["top1"] == after["rows"][0]["top1"]
+    assert read_cells(folder)[judged.command]["rows"][0]["top1"] == lines[judged.command]["rows"][0]["top1"]
+    assert runner.left(grid.unique()) == []
 
 
 def test_the_plan_is_the_commands_and_the_time_left(again):
@@ -270,7 +276,7 @@ def test_a_run_that_fails_leaves_out_those_that_need_it_and_no_others(again, cap
     assert told[3].startswith("  steal.py: argument --losstype: ")
     assert told[4:] == ["left out: judged loss=nonsense seed=0, needs copy loss=nonsense seed=0"]
     assert bad.command not in read_cells(folder)
-    assert not runner.finished(bad)
+    assert bad in runner.left(grid.unique())
 
 
 ENDINGS = {
