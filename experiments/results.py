@@ -128,12 +128,20 @@ class Results:
 
         than: the figure at the other point, if it is another one: of a victim, which has fewer seeds than its copies.
         """
-        there = self.samples(than or figure, other)
-        pairs = [(one, two) for one in self.samples(figure, at) for two in there if _same(one.seeds, two.seeds)]
+        pairs = self._pairs(figure, at, than or figure, other)
         if len(pairs) != 1:
             return _mean([(one.seeds, one.value - two.value) for one, two in pairs], test=True)
         (one, two), (name, of_other) = pairs[0], (each.partition(".")[2] for each in (figure, than or figure))
         return between_runs(one.row, two.row, name, of_other)
+
+    def share(self, figure: str, at: Point, per: str) -> Estimate | None:
+        """The mean of a figure in percent of another, of runs with the same seeds; None where there are none."""
+        pairs = self._pairs(figure, at, per, at)
+        return _mean([(one.seeds, 100 * one.value / two.value) for one, two in pairs if two.value])
+
+    def _pairs(self, figure: str, at: Point, of_other: str, other: Point) -> list[tuple[Sample, Sample]]:
+        there = self.samples(of_other, other)
+        return [(one, two) for one in self.samples(figure, at) for two in there if _same(one.seeds, two.seeds)]
 
     def _seeds_of(self, step: str) -> list[dict[str, str]]:
         """The seeds of a step's rows: of its cells or, where its rows are about another step's runs, of those."""

@@ -8,6 +8,7 @@ table:
     copy: {of: judged.top1_converged, best: max}
     to no defence: {of: judged.top1_converged, to: {defence: none}}    # paired difference
     to the victim: {of: judged.top1_converged, than: owner.top1_converged}
+    cost (%): {of: copy.run_seconds, per: victim.run_seconds}           # in percent of another figure
     queries: judged.queries                     # STEP.NAME of a figure in the rows of that step
 """
 
@@ -25,7 +26,7 @@ from utils import UserError
 
 _TABLE: dict[str, Check] = {"of": text(), "lines": list_of(text(), at_least=1), "across": text()}
 _TABLE |= {"seeds": list_of(text()), "columns": table()}
-_COLUMN: dict[str, Check] = {"of": text(), "to": table(text()), "than": text(), "best": text()}
+_COLUMN: dict[str, Check] = {"of": text(), "to": table(text()), "than": text(), "per": text(), "best": text()}
 PARTS: dict[str, Check] = {"table": table()}
 NOTE = """\
 [a, b]: 95 % interval; of several victims over their means, of several seeds over these (Student's t), of a single run
@@ -37,13 +38,14 @@ out 0."""
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the figure STEP.NAME, or its difference to the figure `than`, or to itself, at the point with `to`'s
-    values. best: max, min or nothing."""
+    """A column: the figure STEP.NAME; in percent of the figure `per`, where that is given; or its difference to the
+    figure `than`, or to itself, at the point with `to`'s values. best: max, min or nothing."""
 
     name: str
     of: str
     to: Mapping[str, str]
     than: str
+    per: str
     best: str
 
     @property
@@ -51,6 +53,8 @@ class Column:
         return bool(self.to) or self.than != self.of
 
     def estimate(self, results: Results, at: Mapping[str, str]) -> Estimate | None:
+        if self.per:
+            return results.share(self.of, at, self.per)
         if not self.compares:
             return results.estimate(self.of, at)
         other = {**at, **self.to}
@@ -66,7 +70,8 @@ class Entry:
     undecided: int = 0
 
     def __str__(self) -> str:
-        said = spelled(self.column.of.partition(".")[2], self.estimate, self.column.compares)
+        name = "" if self.column.per else self.column.of.partition(".")[2]
+        said = spelled(name, self.estimate, self.column.compares)
         return ", ".join(filter(None, [said, f"{self.undecided} undecided" if self.undecided else ""]))
 
 
@@ -89,14 +94,14 @@ class Layout:
     def _column(self, name: str, declared: Any, where: str) -> Column:
         where = f"{where}, column {name!r}"
         declared = part_of(declared, _COLUMN, where, needed=("of",), text_is="of")
-        than = declared.get("than", declared["of"])
-        for figure in (declared["of"], than):
+        than, per = declared.get("than", declared["of"]), declared.get("per", "")
+        for figure in filter(None, (declared["of"], than, per)):
             self.grid.check_figure(figure, where)
         best = declared.get("best", "")
         if best not in ("", "max", "min"):
             raise UserError(f"{where}: best {best!r}: give max or min")
         self.grid.check_values(declared.get("to", {}), f"{where}, to")
-        return Column(name, declared["of"], declared.get("to", {}), than, best)
+        return Column(name, declared["of"], declared.get("to", {}), than, per, best)
 
     def points(self) -> list[dict[str, str]]:
         """The points of the lines: those of the cells of the step that the lines are of."""

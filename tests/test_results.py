@@ -56,6 +56,7 @@ EXPERIMENT = {
             "queries": "judged.queries",
             "dollars": "copy.dollars",
             "to user": {"of": "judged.top1_converged", "than": "user.top1_converged"},
+            "cost": {"of": "copy.run_seconds", "per": "victim.run_seconds"},
             "stolen": "proof.found",
         },
     },
@@ -123,7 +124,7 @@ def lines_of(grid: Grid) -> list[dict]:
             "command": cell.command,
             "commit": "0123456789abcdef",
             "queries": None,
-            "run_seconds": 3600.0,
+            "run_seconds": 3600.0 if cell.step == "victim" else 900.0 * (1 + int(at.get("victim_seed", 0))),
             "rows": [],
         }
         if cell.step == "copy":
@@ -236,6 +237,14 @@ def test_a_copy_is_compared_with_what_has_fewer_seeds(results):
     assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue) if np.std(values) > 0 else found.p is None
 
 
+def test_a_cost_is_in_percent_of_its_own_victims(grid, results):
+    """Copies of the victims 0, 1 and 2 take a quarter, a half and three quarters of an hour, each victim an hour."""
+    found = results.share("copy.run_seconds", AT, "victim.run_seconds")
+    assert (found.mean, found.n) == (pytest.approx(50), "3 x 2")
+    words, _ = frames(Layout(grid), results)
+    assert words["100: cost"][0].startswith("50.0 [")
+
+
 def test_what_a_test_could_not_decide_is_counted(grid, results):
     words, _ = frames(Layout(grid), results)
     assert results.undecided("proof.found", AT) == 2
@@ -244,7 +253,7 @@ def test_what_a_test_could_not_decide_is_counted(grid, results):
 
 def test_costs_are_of_hours_and_queries(grid):
     results = Results(grid, lines_of(grid), ["victim_seed", "seed"], Prices(thousand_queries=2.0, hour=3.0))
-    assert results.estimate("copy.dollars", {**AT, "queries": "1000"}).mean == pytest.approx(2 + 3)
+    assert results.estimate("copy.dollars", {**AT, "queries": "1000"}).mean == pytest.approx(2 + 3 * 0.5)
 
 
 def test_bold_is_the_best_whose_lead_is_decided(grid, results):
