@@ -1,6 +1,7 @@
 """Errors, seeds, device and precision, and the provenance of results."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -88,13 +89,14 @@ def choose_device(name: str = "auto", gpu_index: int = 0) -> torch.device:
     return device
 
 
-def _cpu_has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AMX or AVX512-BF16)."""
+@functools.cache
+def cpu_units() -> frozenset[str]:
+    """Which units for bf16 this CPU has: `amx_bf16` multiplies matrices, `avx512_bf16` rows of them."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+        return frozenset()
+    return frozenset(unit for unit in ("amx_bf16", "avx512_bf16") if unit in flags)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Precision:
         """`auto` is bf16 where the hardware multiplies it, else fp32. UserError for fp16 without CUDA."""
         if name == "auto":
             on_cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            name = "bf16" if on_cuda or (device.type == "cpu" and _cpu_has_bf16_units()) else "fp32"
+            name = "bf16" if on_cuda or (device.type == "cpu" and cpu_units()) else "fp32"
         if name == "fp16" and device.type != "cuda":
             raise UserError(f"precision fp16 needs a CUDA device, this is {device}: give --precision bf16 or fp32")
         return cls(name, device)

@@ -1,8 +1,9 @@
 """A convolution that is fast on small maps too.
 
-A CPU multiplies bf16 matrices in tiles of 16 rows, and a row of outputs of a 3x3 convolution fills such rows. Maps 4
-pixels wide leave three quarters of a tile empty. Here several images stand side by side in a wide map, with columns of
-zeros between them, as the convolution's own padding would have it. docs/speed.md has what that gains.
+A CPU with AMX multiplies bf16 matrices in tiles of 16 rows, and a row of outputs of a 3x3 convolution fills such rows.
+Maps 4 pixels wide leave three quarters of a tile empty. Here several images stand side by side in a wide map, with
+columns of zeros between them, as the convolution's own padding would have it. docs/speed.md has what that gains. CPUs
+without AMX have no tiles to fill: there it would cost a quarter more.
 """
 
 import math
@@ -10,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils import cpu_units
 
 SMALL = 8  # widest rows of outputs, of a single image, that are worth it
 WIDE = 128  # outputs in a row of several images
@@ -25,7 +28,7 @@ class Conv2d(nn.Conv2d):
     def _images_in_a_row(self, x: Tensor) -> int:
         """How many images stand side by side: 1 where that would not be faster, or is another kind of convolution."""
         width = -(-x.shape[3] // self.stride[1])
-        known = self.kernel_size == (3, 3) and self.padding == (1, 1)
+        known = self.kernel_size == (3, 3) and self.padding == (1, 1) and "amx_bf16" in cpu_units()
         if not known or width > SMALL or x.device.type != "cpu" or x.dtype != torch.bfloat16:
             return 1
         return math.gcd(len(x), WIDE // width)

@@ -49,6 +49,7 @@ def test_small_maps_in_bf16_alone_stand_side_by_side(monkeypatch, stride, side, 
         return convolve_side_by_side(*args)
 
     monkeypatch.setattr("models.convolution.convolve_side_by_side", count)
+    monkeypatch.setattr("models.convolution.cpu_units", lambda: {"amx_bf16"})
     layer = Conv2d(4, 6, 3, stride=stride, padding=1, bias=False)
     x = torch.randn(images, 4, side, side, generator=torch.Generator().manual_seed(0))
     maps = layer(x)
@@ -58,6 +59,10 @@ def test_small_maps_in_bf16_alone_stand_side_by_side(monkeypatch, stride, side, 
     assert bool(asked) == wide
     assert small.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(small.float(), maps, atol=0.03, rtol=0.03)
+    asked.clear()
+    monkeypatch.setattr("models.convolution.cpu_units", lambda: {"avx512_bf16"})  # without tiles to fill
+    layer(x)
+    assert not asked
 
 
 def test_a_resnet_has_pytorchs_parameters_and_in_bf16_its_answers():

@@ -49,9 +49,9 @@ def test_unusable_device_is_a_user_error():
 
 def test_precision_auto_follows_the_hardware(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr("utils._cpu_has_bf16_units", lambda: True)
+    monkeypatch.setattr("utils.cpu_units", lambda: {"avx512_bf16"})
     assert Precision.choose("auto", cpu).name == "bf16"
-    monkeypatch.setattr("utils._cpu_has_bf16_units", lambda: False)
+    monkeypatch.setattr("utils.cpu_units", frozenset)
     assert Precision.choose("auto", cpu).name == "fp32"
     assert Precision.choose("bf16", cpu).name == "bf16"
     with pytest.raises(UserError, match="fp16 needs a CUDA device"):
