@@ -150,6 +150,9 @@ def _heat(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
 
 
 def _sides(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
+    from adjustText import adjust_text
+
+    texts: list[Any] = []
     families = dict.fromkeys(value.family for value in grid.axes[picture["lines"]])
     for number, family in enumerate(families):
         points = []
@@ -161,11 +164,16 @@ def _sides(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
         if points and family == "none":  # what all others are compared with
             axes.scatter(*points[0][:2], marker="*", s=180, color="black", label="no defence", zorder=3)
         elif points:
-            axes.plot(*zip(*((x, y) for x, y, _ in points), strict=True), label=family, **_style(number))
-            for x, y, strength in points:
-                axes.annotate(strength, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            # Points in the same place show through each other.
+            axes.plot(*zip(*((x, y) for x, y, _ in points), strict=True), label=family, alpha=0.75, **_style(number))
+            texts += [axes.text(x, y, strength, fontsize=7) for x, y, strength in points if strength]
     axes.set(xlabel="copy's accuracy (%)", ylabel="user's accuracy (%)")
-    return _legend_below(axes)
+    named = _legend_below(axes)
+    if texts:
+        axes.figure.canvas.draw()  # the layout is made now; no text lies over another then, or over a point
+        places = [line.get_xydata() for line in axes.lines]
+        adjust_text(texts, *np.concatenate(places).T, ax=axes, expand=(1.5, 2.0), iter_lim=500)
+    return named
 
 
 def _roc(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
@@ -178,7 +186,7 @@ def _roc(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
             continue
         # At a share of false alarms, the greatest share of attacks that no more false alarms find.
         found = [points[np.searchsorted(points[:, 0], shares, side="right") - 1, 1] for points in known]
-        style = {**_style(number), "marker": ""}
+        style = {**_style(number), "marker": "", "linestyle": DASHES[number % len(DASHES)]}
         axes.plot(shares, np.mean(found, axis=0), drawstyle="steps-post", label=f"{label} (n {len(known)})", **style)
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
     axes.set(xlabel="users' streams flagged (share)", ylabel="attackers' streams flagged (share)", aspect="equal")
@@ -200,7 +208,8 @@ def _map(axes: Any, grid: Grid, results: Results, picture: Mapping) -> bool:
     lines = -(-len(panels) // columns)
     figure.set_size_inches(2.2 * columns, 2.4 * max(1, lines))
     for number, (title, (points, labels)) in enumerate(panels.items(), 1):
-        panel = figure.add_subplot(lines, columns, number, aspect="equal", xticks=[], yticks=[])
+        ends = (-1.05, 1.05)
+        panel = figure.add_subplot(lines, columns, number, aspect="equal", xticks=[], yticks=[], xlim=ends, ylim=ends)
         panel.scatter(*zip(*points, strict=True), c=labels, cmap="tab10", s=5, linewidths=0)
         panel.set_title(title, fontsize=8)
     return bool(panels)

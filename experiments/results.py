@@ -135,9 +135,13 @@ class Results:
         return between_runs(one.row, two.row, name, of_other)
 
     def share(self, figure: str, at: Point, per: str) -> Estimate | None:
-        """The mean of a figure in percent of another, of runs with the same seeds; None where there are none."""
+        """The mean of a figure in percent of another, of runs with the same seeds; None where there are none.
+
+        Without runs that trained nothing, as of an untrained victim: there is nothing to compare the cost with.
+        """
         pairs = self._pairs(figure, at, per, at)
-        return _mean([(one.seeds, 100 * one.value / two.value) for one, two in pairs if two.value])
+        worth = [(one, two) for one, two in pairs if two.value and two.row.get("images_trained") != 0]
+        return _mean([(one.seeds, 100 * one.value / two.value) for one, two in worth])
 
     def _pairs(self, figure: str, at: Point, of_other: str, other: Point) -> list[tuple[Sample, Sample]]:
         there = self.samples(of_other, other)
