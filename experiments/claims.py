@@ -71,6 +71,8 @@ def _verdict(claim: Mapping, grid: Grid, results: Results) -> Verdict:
     if found is None:
         return Verdict(claim["claim"], "not measured", "", "0")
     shown, other = (", ".join(f"{axis} {name}" for axis, name in end.items()) for end in ends)
+    if than != claim["of"]:
+        shown, other = f"{claim['of']} at {shown}", f"{than} at {other}"
     words = f"{shown}: {_words(here)}"
     if there:
         words += f"; {other}: {_words(there)}; difference {_words(found, '+')}"

@@ -87,7 +87,7 @@ EXPERIMENT = {
             "of": "judged.top1_converged",
             "than": "user.top1_converged",
             "more": {"queries": "{most}"},
-            "less": {},
+            "less": {"loss": "mse"},
         },
     ],
 }
@@ -271,11 +271,11 @@ def test_bold_is_the_best_whose_lead_is_decided(grid, results):
 def test_a_claim_is_decided_by_the_interval_of_the_difference(grid, results):
     first, second, third = verdicts(grid, results)
     assert (first.verdict, second.verdict) == ("holds", "does not")
-    pair = [
-        results.estimate(name, {**AT, "queries": "1000"}) for name in ("judged.top1_converged", "user.top1_converged")
-    ]
-    assert f"difference {pair[0].mean - pair[1].mean:+.1f}" in third.evidence
-    assert third.evidence.startswith("queries 1000: ")
+    of = ("judged.top1_converged", "user.top1_converged")
+    here, there = (results.estimate(name, {**AT, "queries": "1000"}).mean for name in of)
+    assert f"difference {here - there:+.1f}" in third.evidence
+    assert third.evidence.startswith(f"judged.top1_converged at queries 1000: {here:.1f} [")
+    assert f"; user.top1_converged at loss mse: {there:.1f} [" in third.evidence
     assert "difference +10.0" in first.evidence
     nothing = verdicts(grid, Results(grid, [], ["victim_seed", "seed"]))
     assert {one.verdict for one in nothing} == {"not measured"}
