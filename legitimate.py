@@ -14,17 +14,19 @@ from dataclasses import dataclass
 import jobs.early  # noqa: F401
 
 from attacks import victims
-from attacks.defended import defend
+from attacks.defended import black_box
+from attacks.remote import Remote
 from data_aug.datasets import DATASET_NAMES, Data, check_name
 from defenses import DEFENCES, Defence, DefenceChoice, use_defences
 from evaluation.rows import rounded
-from evaluation.user import UserHead, load_user, lost_words, user_scores
+from evaluation.user import UserHead, keep_answers, load_user, lost_words, user_scores
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
 from loss import STEAL_LOSSES
 from settings import Command, Parser, Settings, setting
 from training.objective import LossChoice
-from victim import Api, Victim
+from training.run import open_run
+from victim import Victim
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class User(Settings):
     )
 
 
-OWNERS = (Data, User, victims.VictimChoice, DefenceChoice, *DEFENCES.values(), LossChoice, UserHead, Machine, Threads)
+OWNERS = (Data, User, victims.VictimChoice, Remote, DefenceChoice, *DEFENCES.values(), LossChoice, UserHead, Machine)
+OWNERS = (*OWNERS, Threads)
 
 
 def make_parser() -> Parser:
@@ -64,7 +67,7 @@ def make_parser() -> Parser:
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
     by_loss = command.defence is True  # --defence True means what it does against an attack by a loss
-    command.use_all(Data, User, victims.VictimChoice, UserHead, Machine, Threads, LossChoice)
+    command.use_all(Data, User, victims.VictimChoice, Remote, UserHead, Machine, Threads, LossChoice)
     use_defences(command, command.losstype, command.seed)
     command.refuse_idle(losstype=None if by_loss else "without --defence True")
     return command
@@ -75,8 +78,8 @@ def main() -> None:
     started = time.perf_counter()
     command = parse()
     machine, precision = set_up(command)
-    path, _, encoder = victims.open_victim(command)
-    run = victims.open_evaluation(command, path, encoder, precision)
+    opened = victims.open_victim(command)
+    run = open_run(command, opened.home, precision, weights=opened.version)
     if run.done():
         return
     name, defences = command.dataset_test, command.all(Defence)
@@ -84,28 +87,33 @@ def main() -> None:
     train, test, common = load_user(name, command.dataset, command.data, command.num_queries, **task)
 
     # The defended answers first: what cannot work is refused before anything is written.
-    api = Api(encoder.to(precision.device))
-    victim = defend(command, path, api, precision, None, len(train[1]) + len(test[1]))
+    victim = black_box(command, opened, precision, None, len(train[1]) + len(test[1]))
     bought = (train, test, command[UserHead], precision, machine.seed)
-    scores, report = user_scores(victim, *bought)
-    clean = user_scores(Victim(api, precision=precision), *bought)[0] if defences else scores
-    run.start()
+    keep = keep_answers(run, opened.asked)
+    scores, report = user_scores(victim, *bought, keep)
+    clean = user_scores(Victim(opened.encoder, precision=precision), *bought)[0] if defences else scores
+    if keep is None:
+        run.start()
     row = {
-        **{"model": "user", "arch": encoder.arch, "downstream": name, "defence": command.defence},
-        **{**rounded(scores), **rounded(clean, "clean_"), **report},
-        **{"train_images": len(train[1]), "test_images": len(test[1]), "test_images_queried": common},
+        **{"model": "user", "arch": opened.encoder and opened.encoder.arch, "downstream": name},
+        **{"defence": command.defence, **rounded(scores), **({} if opened.asked else rounded(clean, "clean_"))},
+        **{**report, "train_images": len(train[1]), "test_images": len(test[1]), "test_images_queried": common},
         **victim.ledger.summary(),
         **{"user_classes": command.user_classes, "seed": machine.seed},
-        **{"seconds": round(time.perf_counter() - started, 1), "checkpoint": str(path), **run.config["provenance"]},
+        **{"seconds": round(time.perf_counter() - started, 1), "checkpoint": str(opened.source)},
+        **run.config["provenance"],
     }
-    run.say(f"without a defence: top1 {clean['top1']:.2f}, top1_converged {clean['top1_converged']:.2f}")
+    said = f"on what {opened.source} answers" if opened.asked else "without a defence"
+    run.say(f"{said}: top1 {clean['top1']:.2f}, top1_converged {clean['top1_converged']:.2f}")
     if defences:
         run.say(f"with {command.defence}: top1 {scores['top1']:.2f}, top1_converged {scores['top1_converged']:.2f}")
         run.say(lost_words(scores, clean, len(test[1])))
     run.add_row(row, step=command.epochs)
     run.finish()
+    if keep:
+        keep.unlink()
     defended = ("--defence", command.defence) if defences else ()
-    victims.say_steal(command, path, encoder, command.dataset, *defended)
+    victims.say_steal(command, opened.source, opened.encoder, command.dataset, *defended)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from evaluation.encoders import COPIES, LOSSES, SOUGHT, SOUGHT_NAMES, EncoderCho
 from evaluation.probes import Probe
 from evaluation.rows import encoder_row
 from evaluation.test_images import set_digest
+from files.address import is_address
 from files.writing import save_checkpoint
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
@@ -100,7 +101,7 @@ def suggest_next(
     elif others:
         pair = ("--victim", Path(others["victim"][0]), "--suspect", path)
         finding.say_next(command, "verify.py", "--method", "dataset-inference", *pair)
-    elif "stolen_from" in checkpoint:
+    elif "stolen_from" in checkpoint and not is_address(checkpoint.get("settings", {}).get("victim")):
         on = ("--dataset-test", command.dataset_test)
         finding.say_next(command, "linear_eval.py", "--stolen", path, *on, "--fidelity")
 

@@ -12,8 +12,9 @@ import jobs.early  # noqa: F401
 from torch import Tensor
 
 from attacks import ATTACKS, Attack, Heads, loss_of, use_attack, victims
-from attacks.defended import defend
+from attacks.defended import black_box
 from attacks.queries import QueryChoice
+from attacks.remote import Remote
 from data_aug.datasets import Data
 from defenses import DEFENCES, DefenceChoice, use_defences
 from defenses.watermark import check_width, read_watermark, watermark_line
@@ -29,9 +30,8 @@ from training.objective import Loss, LossChoice
 from training.recipe import Protocol, Recipe
 from training.run import relative
 from utils import UserError, seeded
-from victim import Api
 
-OWNERS = (Data, victims.VictimChoice, victims.Copy, victims.CopyInput, QueryChoice, Attack, DefenceChoice)
+OWNERS = (Data, victims.VictimChoice, Remote, victims.Copy, victims.CopyInput, QueryChoice, Attack, DefenceChoice)
 OWNERS = (*OWNERS, *DEFENCES.values(), LossChoice, Recipe, *STEAL_LOSSES.values(), Heads, Machine, Threads)
 OWNERS = (*OWNERS, Protocol, Processes)
 
@@ -49,7 +49,7 @@ def make_parser() -> Parser:
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, victims.VictimChoice, Machine, Threads, Protocol, Processes)
+    command.use_all(Data, victims.VictimChoice, Remote, Machine, Threads, Protocol, Processes)
     preset = ATTACKS[command.attack]
     command.use(victims.Copy, preset)
     command.use(victims.CopyInput, preset, {"copy_normalize": "none"} if command.recipe == "released" else {})
@@ -79,17 +79,17 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     loss, attack, copy, recipe = command[Loss], command[Attack], command[victims.Copy], command[Recipe]
-    path, checkpoint, encoder = victims.open_victim(command)
+    opened = victims.open_victim(command)
     command.refuse_idle(**attack.idle)  # again: the victim's file may have named its data set
-    mlp = read_watermark(checkpoint, str(path)) if copy.watermark else None
+    mlp = read_watermark(opened.checkpoint, str(opened.source)) if copy.watermark else None
     if mlp is not None and command.dataset == victims.OTHER:
         raise UserError("a watermark is read on the victim's test images: give their --dataset, such as folder:PATH")
-    if copy.victimhead and not encoder.has_head:
-        raise UserError(f"{path} has no projection head: leave out --victimhead")
+    if copy.victimhead and not opened.encoder.has_head:
+        raise UserError(f"{opened.source} has no projection head: leave out --victimhead")
     # The released recipe repeats all queries in every epoch, so the budget has to cover them.
     rounds = recipe.epochs if recipe.recipe == "released" else 1
-    api = Api(encoder.to(precision.device), "projections" if copy.victimhead else "representations")
-    victim = defend(command, path, api, precision, command.num_queries * rounds)
+    output = "projections" if copy.victimhead else "representations"
+    victim = black_box(command, opened, precision, command.num_queries * rounds, output=output)
     count, choosy = attack.images(command.num_queries), attack.max_coverage is not None
     untrained = functools.partial(build, command, victim.dim)
     images, labels, record = victims.choose(command, count, lambda every: untrained(every)[0], precision, choosy)
@@ -97,7 +97,7 @@ def main() -> None:
     if mlp is not None:
         check_width(mlp, model)
 
-    run = victims.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, opened, record, precision)
     if loss.needs_labels:
         print(f"{command.losstype}: this attacker has the true labels of the images queried")
     trainer = SimCLR(model, loss, recipe, run, heads)

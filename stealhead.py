@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from attacks import ADAPTIVE, Attack, victims
-from attacks.defended import defend
-from attacks.head import LOSSES, Head, build_head_copy, open_api
+from attacks.defended import black_box
+from attacks.head import LOSSES, Head, build_head_copy, output_of
 from attacks.queries import QueryChoice
+from attacks.remote import Remote
 from data_aug.datasets import Data
 from defenses import DEFENCES, DefenceChoice, use_defences
 from jobs.ending import script
@@ -31,8 +32,8 @@ from training.recipe import Recipe
 from training.run import Run, relative
 from utils import seeded
 
-OWNERS = (Data, victims.VictimChoice, Head, victims.CopyInput, QueryChoice, Attack, DefenceChoice, *DEFENCES.values())
-OWNERS = (*OWNERS, LossChoice, Recipe, *LOSSES.values(), *HEAD_LOSSES.values(), Machine, Threads)
+OWNERS = (Data, victims.VictimChoice, Remote, Head, victims.CopyInput, QueryChoice, Attack, DefenceChoice)
+OWNERS = (*OWNERS, *DEFENCES.values(), LossChoice, Recipe, *LOSSES.values(), *HEAD_LOSSES.values(), Machine, Threads)
 
 
 def make_parser() -> Parser:
@@ -52,7 +53,7 @@ def make_parser() -> Parser:
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, victims.VictimChoice, victims.CopyInput, Machine, Threads, QueryChoice, LossChoice)
+    command.use_all(Data, victims.VictimChoice, Remote, victims.CopyInput, Machine, Threads, QueryChoice, LossChoice)
     loss = command.use(LOSSES[command.losstype])
     recipe = command.use(Recipe, loss.presets, seed=command.seed)
     head = command.use(Head, {"head_queries": command.num_queries // 2, "epochshead": 2 * recipe.epochs})
@@ -84,14 +85,14 @@ def main() -> None:
     command = parse()
     _, precision = set_up(command)
     head, (loss, _) = command[Head], command.all(Loss)
-    path, _, encoder = victims.open_victim(command)
+    opened = victims.open_victim(command)
     command.refuse_idle()  # again: the victim's file may have named its data set
-    api = open_api(command, encoder.to(precision.device), path)
+    output = output_of(command, opened)
     count, images_of_head = command.num_queries // command.n_views, head.head_queries // command.n_views
     images, labels, record = victims.choose(command, count, lambda every: build_head_copy(command, every)[0], precision)
-    victim = defend(command, path, api, precision, command.num_queries)
+    victim = black_box(command, opened, precision, command.num_queries, output=output)
     model, heads = build_head_copy(command, images.tensor)
-    run = victims.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, opened, record, precision)
 
     def refine(answers: Tensor) -> Tensor:
         """The answers through the re-created head."""

@@ -76,18 +76,18 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     supervised = command.victimtype == "supervised"
-    path, _, encoder = victims.open_victim(command, **({"losstype": "supervised"} if supervised else {}))
+    opened = victims.open_victim(command, **({"losstype": "supervised"} if supervised else {}))
     command.refuse_idle()  # again: the victim's file may have named its data set
     if supervised:
         command.set(dataset_test=command.dataset)
-    classifier = open_classifier(command, path, encoder)
+    classifier = open_classifier(command, opened.source, opened.encoder)
     output = "labels" if command.modeloutput == "labels" else "probabilities"
-    api = Api(encoder, output, classifier).to(precision.device)
+    api = Api(opened.encoder, output, classifier).to(precision.device)
     victim = Victim(api, command.num_queries, precision=precision)
     untrained = functools.partial(build_classifier_copy, command, victim.dim)
     images, _, record = victims.choose(command, command.num_queries, untrained, precision)
     model = untrained(images.tensor)
-    run = victims.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, opened, record, precision)
     if run.done():
         return
     # Before anything is paid for: are there test images that were not queried?
@@ -100,7 +100,7 @@ def main() -> None:
     SimCLR(model, command[Loss], command[Recipe], run).steal(images, victim)
 
     labels = labels.to(precision.device)
-    original = torch.cat([classifier(h) for h in represent(encoder, test, precision).split(4096)])
+    original = torch.cat([classifier(h) for h in represent(opened.encoder, test, precision).split(4096)])
     figures = classifier_figures(represent(model, test, precision, output=model.project), original, labels)
     row = {
         **{"model": "stolen", "attack": "steallabels", "arch": command.archstolen, "losstype": command.losstype},

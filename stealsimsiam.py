@@ -5,21 +5,22 @@ torchrun --nproc-per-node 4 stealsimsiam.py --pretrained models/checkpoint_0099-
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jobs.early  # noqa: F401
 
 from attacks import ADAPTIVE, Attack, Heads, victims
-from attacks.defended import defend
+from attacks.defended import black_box
 from attacks.queries import PictureChoice, QueryChoice, choose_pictures
+from attacks.remote import Remote
 from data_aug.datasets import Data
 from data_aug.images import Loading, picture_name
 from defenses import DEFENCES, DefenceChoice, use_defences
+from files.address import asked_elsewhere
 from jobs.ending import script
 from jobs.machine import Machine, set_up
 from jobs.place import Processes
 from loss import STEAL_LOSSES
-from models import SimCLREncoder, SimSiamHeads, build_copy, large_arch_name, read_checkpoint
+from models import SimSiamHeads, build_copy, large_arch_name, read_checkpoint
 from models.layouts import IMAGENET
 from settings import Command, Parser
 from simclr import SimCLR
@@ -29,8 +30,9 @@ from training.recipe import LargeScale, Recipe, use_large_recipe
 from training.run import relative
 from utils import UserError, seeded
 
-OWNERS = (Data, LargeScale, victims.VictimChoice, victims.Copy, PictureChoice, QueryChoice, Attack, DefenceChoice)
-OWNERS = (*OWNERS, *DEFENCES.values(), LossChoice, Recipe, *STEAL_LOSSES.values(), Heads, Machine, Loading, Processes)
+OWNERS = (Data, LargeScale, victims.VictimChoice, Remote, victims.Copy, PictureChoice, QueryChoice, Attack)
+OWNERS = (*OWNERS, DefenceChoice, *DEFENCES.values(), LossChoice, Recipe, *STEAL_LOSSES.values(), Heads, Machine)
+OWNERS = (*OWNERS, Loading, Processes)
 
 
 def make_parser() -> Parser:
@@ -51,7 +53,8 @@ def make_parser() -> Parser:
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, victims.VictimChoice, QueryChoice, PictureChoice, Machine, Loading, Processes, LossChoice)
+    command.use_all(Data, victims.VictimChoice, Remote, QueryChoice, PictureChoice, Machine, Loading, Processes)
+    command.use(LossChoice)
     command.use(victims.Copy, {"archstolen": command.arch})
     loss = command.use(STEAL_LOSSES[command.losstype])
     command.use(Heads)
@@ -67,10 +70,12 @@ def parse(line: Sequence[str] | None = None) -> Command:
     return command
 
 
-def open_public(command: Command) -> tuple[Path, SimCLREncoder]:
-    """The victim's file, and its encoder. UserError if the file differs from the flags."""
+def open_public(command: Command) -> victims.Opened:
+    """The victim. UserError if its file differs from the flags."""
     if command.victim is None:
         raise UserError("no victim: give --pretrained PATH of its checkpoint, in any layout of docs/checkpoints.md")
+    if asked_elsewhere(command):
+        return victims.open_elsewhere(command)
     path = finding.find(command, "victim", "victim", {})
     checkpoint = read_checkpoint(path)
     finding.check_named(checkpoint, path, command, {"dataset": "dataset"})
@@ -80,7 +85,8 @@ def open_public(command: Command) -> tuple[Path, SimCLREncoder]:
             f"{path} was trained for {checkpoint.get('epoch', 'unknown')} epochs, not {command.epochstrain}: "
             f"leave out --epochstrain, or give another victim"
         )
-    return path, victims.encoder_of(checkpoint, path, arch)
+    encoder = victims.encoder_of(checkpoint, path, arch)
+    return victims.Opened(finding.home_of(path, command.checkpoint_dir), path, checkpoint, encoder)
 
 
 @script
@@ -88,14 +94,14 @@ def main() -> None:
     command = parse()
     machine, precision = set_up(command)
     loss, recipe = command[Loss], use_large_recipe(command, batch_size=128)
-    path, encoder = open_public(command)
-    victim = defend(command, path, encoder.to(precision.device), precision, command.num_queries)
+    opened = open_public(command)
+    victim = black_box(command, opened, precision, command.num_queries)
     choices = command[QueryChoice], command[PictureChoice]
     images, labels, record = choose_pictures(*choices, command.data, command.size, command.workers, machine.seed)
     with seeded(machine.seed, "copy"):
         model = build_copy(f"{command.archstolen}-imagenet", victim.dim, IMAGENET, input_size=command.size)
         heads = SimSiamHeads(victim.dim, command.out_dim) if loss.predictor else None
-    run = victims.open_copy(command, path, encoder, record, precision)
+    run = victims.open_copy(command, opened, record, precision)
     print(f"lr {recipe.lr:g}: --lr {command.lr:g} times --batch-size / 256; {recipe.optimizer}")
     trainer = SimCLR(model, loss, recipe, run, heads)
     trainer.first_epoch = max(trainer.first_epoch, command.start_epoch)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attacks.elsewhere import BATCH, Elsewhere
 from attacks.records import Kept, QueryFile
 from data_aug.digests import HASH_BYTES, perceptual_hashes
 from data_aug.images import Images
@@ -73,8 +74,9 @@ class Client:
     written before the victim is asked, and the answer is filled in afterwards. When a killed attack goes on, the
     ledger has all that was asked, and answers are found by the digests of the images: what was answered is not asked
     again. An answer that was lost in the kill is asked for again as far as the victim's budget allows; `lost` counts
-    them. Answers in float16, unless they are means, are not read into memory. Of a job's processes each asks about its
-    share of a batch, and rank 0 writes.
+    them. A victim that `repeats` gives the lost answers again without counting them again. Answers in float16, unless
+    they are means, are not read into memory. Of a job's processes each asks about its share of a batch, and rank 0
+    writes. batch_size: images of a call, by default what the victim takes.
     """
 
     def __init__(
@@ -83,11 +85,16 @@ class Client:
         keep: Path | None = None,
         repeat: int = 1,
         dtype: type[np.floating] = np.float32,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         jitter: int = 0,
     ):
-        self.victim, self.repeat, self.jitter, self.batch_size = victim, repeat, jitter, batch_size
+        self.victim, self.repeat, self.jitter = victim, repeat, jitter
+        self.batch_size = batch_size or getattr(victim, "batch_size", BATCH)
         self.file = QueryFile(keep, victim.dim, dtype)
+        if isinstance(victim, Elsewhere):
+            victim.begin(keep)
+            if victim.repeats:
+                self.file.leave_out_lost()
         self.mapped = keep is not None and dtype is np.float16 and repeat == 1
         earlier = self.file.earlier
         self.queries, self.lost = len(earlier), int((~earlier["answered"]).sum())
@@ -108,6 +115,7 @@ class Client:
             account, asked = self._calls.popleft()
             victim.replay(pack_digests(asked), account)
         barrier()  # nobody adds to the file before all have seen the same
+        self.file.withdraw(self.queries)
 
     @property
     def sources(self) -> dict[str, Tensor]:

@@ -5,13 +5,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attacks.victims import Opened
 from data_aug.datasets import load_training
 from defenses import Defence
 from loss import TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
 from settings import Command
 from utils import Precision, UserError, generator
-from victim import Api, Victim
+from victim import AnyVictim, Api, Victim
+
+
+def black_box(
+    command: Command,
+    opened: Opened,
+    precision: Precision,
+    budget: int | None,
+    queries: int | None = None,
+    output: str = "representations",
+) -> AnyVictim:
+    """The victim opened, to be asked: as `defend` has it, or where it is behind its owner's defences already.
+
+    output: what its API returns, as `Api` has it.
+    """
+    if opened.asked:
+        opened.asked.budget = budget or queries
+        return opened.asked
+    api = Api(opened.encoder.to(precision.device), output)
+    return defend(command, opened.source, api, precision, budget, queries)
 
 
 def defend(
@@ -24,15 +44,15 @@ def defend(
 ) -> Victim:
     """The victim of this file behind the defences in force, which are shown the owner's images where they want any.
 
-    Prints what they can do to an account that asks the budget, or so many `queries`. UserError where the owner's images
-    are not at hand.
+    Prints what they can do to an account that asks so many `queries`, or else the budget, where there is one. UserError
+    where the owner's images are not at hand.
     """
     victim = Victim(encoder, budget, command.all(Defence), precision)
     learns = max(victim.defences, key=lambda defence: defence.owner_images, default=None)
     if learns and learns.owner_images:
         victim.prepare(owner_images(path, command.data, learns.owner_images, learns.secret))
-    for defence in victim.defences:
-        words = defence.outlook(queries or budget)
+    asked = queries or budget
+    for words in (defence.outlook(asked) for defence in victim.defences if asked):
         if words:
             print(words)
     return victim

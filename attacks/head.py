@@ -1,17 +1,15 @@
 """The attack that re-creates the victim's projection head first: its settings, its victim's API, and its copy."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
-from attacks.victims import CopyInput
+from attacks.victims import CopyInput, Opened, behind_api
 from loss import HEAD_LOSSES, STEAL_LOSSES
 from models import USUAL, SimCLREncoder, SimSiamHeads, arch_name, build_copy
 from settings import Command, Settings, setting
 from training.objective import Loss
 from utils import UserError, seeded
-from victim import Api
 
 # The copy sees what was sent, so losses about fresh augmentations are left out; so are losses of histograms, because
 # projections may be negative.
@@ -25,7 +23,7 @@ class Head(Settings):
     archstolen: str = setting(
         "resnet34", f"the copy's architecture: {USUAL}", read=arch_name, flags=("-a", "--arch", "--archstolen")
     )
-    victimhead: bool = setting(False, "the API also returns projections, for --losshead msewithhead")
+    victimhead: bool = setting(False, "the API also returns projections, for --losshead msewithhead", acts=behind_api)
     head_queries: int = setting(0, "queries for the head, part of the budget", at_least=1, otherwise="half")
     losshead: str = setting("infonce", "loss the head is trained with", choices=HEAD_LOSSES)
     lrhead: float = setting(1e-3, "Adam's learning rate for the head", above=0)
@@ -55,16 +53,16 @@ class Head(Settings):
             raise UserError(f"--head-queries {self.head_queries} must be from --n-views {n_views} to {num_queries}")
 
 
-def open_api(command: Command, encoder: SimCLREncoder, path: Path) -> Api:
-    """The victim's API: representations, or projections beside them. UserError where the victim has no projections."""
+def output_of(command: Command, opened: Opened) -> str:
+    """What the victim's API returns: representations, or projections beside them. UserError where it has no such."""
     if not command.victimhead:
-        return Api(encoder)
-    if not encoder.has_head:
-        raise UserError(f"{path} has no projection head: leave out --victimhead")
+        return "representations"
+    if not opened.encoder.has_head:
+        raise UserError(f"{opened.source} has no projection head: leave out --victimhead")
     if not {"truncate", "transform"}.isdisjoint((command.defence or "").split(",")):
         raise UserError(f"under --defence {command.defence} nobody can tell projections apart: leave out --victimhead")
-    command.set(out_dim=encoder.out_dim)
-    return Api(encoder, "both")
+    command.set(out_dim=opened.encoder.out_dim)
+    return "both"
 
 
 def build_head_copy(command: Command, queried: Tensor) -> tuple[SimCLREncoder, SimSiamHeads | None]:

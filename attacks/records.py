@@ -49,6 +49,12 @@ class QueryFile:
             self.withdraw(whole)  # a record cut off by a kill
             self.earlier = np.memmap(path, self.layout, "r", shape=whole) if whole else self.earlier
 
+    def leave_out_lost(self) -> None:
+        """Leave out the last of the earlier calls, unless its answers are there."""
+        last = int((self.earlier["call"] == self.earlier["call"][-1:]).sum())
+        if not self.earlier["answered"][len(self.earlier) - last :].all():
+            self.earlier = self.earlier[:-last]
+
     def new(self, digests: np.ndarray, account: str, call: int) -> np.ndarray:
         """Records of queries, digests (B, 16), that are not answered."""
         records = np.zeros(len(digests), self.layout)

@@ -1,16 +1,20 @@
 """Which victim and which copy: their flags, the encoders that these name, and the runs below an encoder."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from attacks import OWN, Attack
+from attacks.elsewhere import Elsewhere, FunctionVictim
 from attacks.queries import QueryChoice, choose_queries
+from attacks.remote import Remote, RemoteVictim, read_keys
 from data_aug.datasets import DATASET_NAMES, channel_statistics, check_name, same_source, source_size
 from data_aug.images import Stored
+from files.address import Address, asked_elsewhere, read_place
 from loss import TRAIN_LOSSES
 from models import ARCHITECTURES, LARGE, USUAL, SimCLREncoder, arch_name, read_checkpoint
 from models.checkpoint import encoder_from_checkpoint
@@ -21,8 +25,8 @@ from training.recipe import Recipe
 from training.record import Record
 from training.released import released_settings
 from training.represent import represent
-from training.run import Run, open_run
-from utils import Precision
+from training.run import NAME_BYTES, Run, open_run
+from utils import Precision, UserError
 from victim import version_of
 
 # Flags that name a copy's victim, and the settings of the victim's run that they stand for.
@@ -31,9 +35,14 @@ PROJECTION = 128  # width of the projections of an attacker's own SimCLR
 OTHER = "other"  # the data set of a victim from elsewhere, where it is none that an attacker has
 
 
+def behind_api(command: Command) -> str | None:
+    """Why a setting of the victim has no effect, where it is only asked; None where its file is here."""
+    return f"with --victim {command.victim}, which gives answers alone" if asked_elsewhere(command) else None
+
+
 @dataclass(frozen=True)
 class VictimChoice(Settings):
-    """Which victim: its checkpoint, its run, or its training settings."""
+    """Which victim: its checkpoint, its run, its training settings, or the address where it answers."""
 
     dataset: str = setting(
         "cifar10",
@@ -43,10 +52,11 @@ class VictimChoice(Settings):
         otherwise="the victim's, else cifar10",
         title="data",
     )
-    victim: Path | None = setting(
+    victim: Path | Address | None = setting(
         None,
         "the victim's checkpoint, run folder, run name, or number in the list of victims that fit the flags "
-        "(default: found by the flags)",
+        "(default: found by the flags); where only answers are needed also http://HOST:PORT or python:FILE.py:FUNCTION",
+        read=read_place,
         named=False,
     )
     arch: str = setting(
@@ -55,10 +65,17 @@ class VictimChoice(Settings):
         read=arch_name,
         flags=("-a", "--arch"),
         otherwise="the victim's",
+        acts=behind_api,
     )
-    epochstrain: int = setting(200, "epochs the victim was trained for", at_least=0, otherwise="the victim's")
+    epochstrain: int = setting(
+        200, "epochs the victim was trained for", at_least=0, otherwise="the victim's", acts=behind_api
+    )
     lossvictim: str = setting(
-        "infonce", "loss the victim was trained with", choices=TRAIN_LOSSES, otherwise="the victim's"
+        "infonce",
+        "loss the victim was trained with",
+        choices=TRAIN_LOSSES,
+        otherwise="the victim's",
+        acts=behind_api,
     )
     title = "victim"
 
@@ -83,9 +100,11 @@ class Copy(Settings):
     archstolen: str = setting(
         "resnet34", f"the copy's architecture: {USUAL}", read=arch_name, otherwise="the attack's, else resnet34"
     )
-    victimhead: bool = setting(False, "the victim's API returns projections instead of representations")
+    victimhead: bool = setting(
+        False, "the victim's API returns projections instead of representations", acts=behind_api
+    )
     stolenhead: bool = setting(False, "give the copy a head, whose outputs match the answers")
-    watermark: bool = setting(False, "steal a watermarked victim, and test the copy for the watermark")
+    watermark: bool = setting(False, "steal a watermarked victim, and test the copy for the watermark", acts=behind_api)
     title = "copy"
 
 
@@ -117,12 +136,58 @@ def encoder_of(checkpoint: Mapping, path: Path, arch: str | None = None) -> SimC
     return encoder
 
 
-def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREncoder]:
-    """The victim that the flags given name: its path, its checkpoint and the encoder.
+@dataclass(frozen=True)
+class Opened:
+    """The victim that a command line names: a file with its encoder, or what is asked elsewhere.
+
+    home: parent folder of the runs about it. source: its path or address. checkpoint and encoder: the file's; of a
+    victim elsewhere empty and None, and that victim is `asked`.
+    """
+
+    home: Path
+    source: Path | Address
+    checkpoint: Mapping = field(default_factory=dict)
+    encoder: SimCLREncoder | None = None
+    asked: Elsewhere | None = None
+
+    @property
+    def version(self) -> str:
+        """A name for the weights, or for what the API says that answers."""
+        return version_of(self.encoder) if self.encoder else self.asked.version
+
+
+def open_elsewhere(command: Command) -> Opened:
+    """The victim at an address. Settles that its data set is another than the attacker's, unless --dataset is given.
+
+    Its images have the size that it wants, where a script has --size and the command line has not.
+    """
+    address = command.victim
+    if address.startswith("http"):
+        attacks = command.checkpoint_dir if command.resume else None
+        keys = read_keys(command.api_key_file, address)
+        asked = RemoteVictim(address, keys, max_wait=command.max_wait, attacks=attacks)
+    else:
+        asked = FunctionVictim(address)
+    accounts = max((attack.sybils for attack in command.all(Attack)), default=1)
+    if asked.accounts is not None and asked.accounts < accounts:
+        raise UserError(f"--sybils {accounts} need a key each, {command.api_key_file} has {asked.accounts}: add lines")
+    print(f"victim: {address}, {asked.words()}")
+    command.suffix = command.given.get("dataset", "")  # of a victim whose file is here the folder above says that
+    command.set(dataset=command.suffix or OTHER)
+    if asked.input_size and "size" in command.parser.settings and "size" not in command.given:
+        command.set(size=asked.input_size[1])
+    name = re.sub(r"[^\w.=+-]", "_", asked.label)[: NAME_BYTES // 2]
+    return Opened(command.checkpoint_dir / f"{name}-{asked.version[:8]}", address, asked=asked)
+
+
+def open_victim(command: Command, **wanted: Any) -> Opened:
+    """The victim that the flags given name.
 
     Settles the data set, architecture, epochs and loss by the file. `wanted` are further settings of its run.
     UserError when flags and file differ.
     """
+    if asked_elsewhere(command) and command.all(Remote):
+        return open_elsewhere(command)
     flags = {name: setting for name, setting in VICTIM_SETTINGS.items() if name in command.given}
     flags |= {"watermark": "watermark"} if "watermark" in command.given else {}
     wanted = {**{setting: command.given[name] for name, setting in flags.items()}, **wanted}
@@ -138,13 +203,13 @@ def open_victim(command: Command, **wanted: Any) -> tuple[Path, dict, SimCLREnco
     settled = {name: known[setting] for name, setting in VICTIM_SETTINGS.items() if setting in known}
     unknown = {name: command.given.get(name) for name in ("epochstrain", "lossvictim")}
     command.set(**{**unknown, **settled, "arch": encoder.arch})
-    return path, checkpoint, encoder
+    return Opened(home_of(path, command.checkpoint_dir), path, checkpoint, encoder)
 
 
-def open_copy(command: Command, victim: Path, encoder: SimCLREncoder, record: Record, precision: Precision) -> Run:
+def open_copy(command: Command, opened: Opened, record: Record, precision: Precision) -> Run:
     """The run of an attack, below its victim's run; prints what is stolen and how."""
-    run = open_run(command, home_of(victim, command.checkpoint_dir), precision, victim=str(victim))
-    record.stolen_from = version_of(encoder) if command.attack != OWN else None
+    run = open_run(command, opened.home, precision, victim=str(opened.source))
+    record.stolen_from = opened.version if command.attack != OWN else None
     record.drawn_for = "copy"
     run.record = record
     queried, split = record.query_set, record.query_set["split"]
@@ -188,9 +253,12 @@ def say_judge(command: Command, copy: Path) -> None:
     say_next(command, "linear_eval.py", "--stolen", copy, "--dataset-test", dataset)
 
 
-def say_steal(command: Command, victim: Path, encoder: SimCLREncoder, dataset: str, *words: str) -> None:
+def say_steal(
+    command: Command, victim: Path | Address, encoder: SimCLREncoder | None, dataset: str, *words: str
+) -> None:
     """As `say_next`: steal this victim with queries from another data set than its training data."""
     another = "textures" if dataset == "shapes" else "cifar10" if same_source(dataset, "svhn") else "svhn"
     queries = ("--datasetsteal", another)
-    copy = ("--archstolen", encoder.arch) if encoder.arch in ARCHITECTURES else ()
-    say_next(command, "steal.py", "--victim", victim, *copy, *queries, "--losstype", "mse", *words)
+    copy = ("--archstolen", encoder.arch) if encoder and encoder.arch in ARCHITECTURES else ()
+    key = ("--api-key-file", command.api_key_file) if "api_key_file" in command.given else ()
+    say_next(command, "steal.py", "--victim", victim, *key, *copy, *queries, "--losstype", "mse", *words)

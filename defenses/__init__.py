@@ -5,6 +5,7 @@ import pkgutil
 from dataclasses import dataclass
 
 from defenses.base import Call, Defence
+from files.address import asked_elsewhere
 from settings import Command, Settings, read_switch, setting
 from utils import UserError
 
@@ -37,6 +38,10 @@ def read_defences(text: str) -> str | bool | None:
     return ",".join(parse_defences(text))
 
 
+def _elsewhere(command: Command) -> str | None:
+    return "with a victim behind an API: its owner has chosen the defences" if asked_elsewhere(command) else None
+
+
 @dataclass(frozen=True)
 class DefenceChoice(Settings):
     """Which defences act on the victim's answers."""
@@ -47,8 +52,9 @@ class DefenceChoice(Settings):
         f"the 2022 code: poisoning against {', '.join(POISONED)}, noise against other losses",
         read=read_defences,
         optional_value=True,
+        acts=_elsewhere,
     )
-    entropy: bool = setting(False, "append entropy to --defence")
+    entropy: bool = setting(False, "append entropy to --defence", acts=_elsewhere)
     secret: int | None = setting(
         None,
         "seed of the defences' random draws (default: --seed)",

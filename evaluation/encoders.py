@@ -9,6 +9,7 @@ from typing import Any
 from attacks import ATTACKS, Attack, victims
 from attacks.queries import QueryChoice
 from defenses import DEFENCES, DefenceChoice, resolve_defences
+from files.address import is_address
 from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
 from models import ARCHITECTURES, USUAL, SimCLREncoder, arch_name, build_encoder, read_checkpoint
 from settings import Command, Settings, setting, settings_of
@@ -175,6 +176,8 @@ def victim_of(command: Command, copy: Path, checkpoint: Mapping) -> tuple[Path, 
     """The victim that a copy was stolen from, or a control is compared with. UserError where that is not known."""
     above = copy.parent.parent / CHECKPOINT  # true also after the folder of all runs was moved
     version, known = checkpoint.get("stolen_from"), checkpoint.get("settings", {}).get("victim")
+    if is_address(known):
+        raise UserError(f"{copy} was stolen from {known}, whose encoder is not here: leave out --fidelity and --victim")
     if command.victim:
         path = finding.find(command, "victim", "victim", {})
     elif (version or known) and (above.exists() or isinstance(known, str)):

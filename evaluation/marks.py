@@ -45,7 +45,8 @@ def use_marking(command: Command) -> Command:
 
 def mark_victim(command: Command, precision: Precision) -> None:
     """Put SSLGuard's watermark into the victim that --sslguard names: a victim of its own, in a run below it."""
-    path, checkpoint, clean = victims.open_victim(command)
+    opened = victims.open_victim(command)
+    path, checkpoint, clean = opened.source, opened.checkpoint, opened.encoder
     known = checked(
         checkpoint.get("settings", {}),
         {"num_train": optional(number(whole=True, at_least=1)), "seed": number(whole=True)},

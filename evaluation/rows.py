@@ -37,13 +37,14 @@ def attack_figures(record: Record, known: bool = True) -> dict[str, Any]:
     """What an attack cost, in queries and distinct images, and the figures of the victim's defences.
 
     With known=False the cost is None where the record has no ledger, as that of a copy from elsewhere. A figure's name
-    begins with a defence's name, or else with `defence_`: no file can take the place of a score.
+    begins with a defence's name or `api`, else with `defence_`: no file can take the place of a score.
     """
     figures = record.figures()
     known = known or bool(record.ledger)
     cost = {name: figures[name] if known else None for name in ("queries", "distinct", "near_distinct")}
     report = record.defence_report.items()
-    return cost | {name if name.split("_")[0] in DEFENCES else f"defence_{name}": value for name, value in report}
+    named = {*DEFENCES, "api"}  # of an API over HTTP, its own count
+    return cost | {name if name.split("_")[0] in named else f"defence_{name}": value for name, value in report}
 
 
 def encoder_row(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attacks.client import Client
+from attacks.elsewhere import Elsewhere
 from data_aug.datasets import check_labelled, load_labelled, load_queries, same_source
 from data_aug.images import Stored
 from evaluation.probes import Labelled, logistic_regression, mlp_probe
@@ -16,6 +17,7 @@ from evaluation.statistics import mcnemar, paired_interval
 from evaluation.test_images import load_test
 from settings import Settings, setting
 from training.record import Record
+from training.run import Run
 from utils import Precision, UserError, generator
 from victim import AnyVictim, digest_tensor
 
@@ -85,15 +87,33 @@ def _draw_task(labels: Tensor, classes: int, name: str, seed: int) -> Tensor:
     return present[torch.randperm(len(present), generator=generator(seed, "user's task"))[:classes]].sort().values
 
 
+def keep_answers(run: Run, asked: Elsewhere | None) -> Path | None:
+    """The file in the run, which is started, for the answers of a victim that is asked elsewhere; None for another."""
+    if asked is None:
+        return None
+    run.start()
+    keep = run.folder / f"queries-{asked.version}-0"
+    if not run.resume:
+        keep.unlink(missing_ok=True)
+    return keep
+
+
 def user_scores(
-    victim: AnyVictim, train: Labelled, test: Labelled, head: UserHead, precision: Precision, seed: int = 0
+    victim: AnyVictim,
+    train: Labelled,
+    test: Labelled,
+    head: UserHead,
+    precision: Precision,
+    seed: int = 0,
+    keep: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The scores of a user who buys a victim's answers to all of these images in the account `user`.
 
-    Also returns the report of the victim's defences. top1 and top5 in percent, and loss, are the user's head's;
-    top1_converged, its deviation and the images that are right are those of `logistic_regression`.
+    keep: the file in which answers are kept as they arrive. Also returns the report of the victim's defences. top1 and
+    top5 in percent, and loss, are the user's head's; top1_converged, its deviation and the images that are right are
+    those of `logistic_regression`.
     """
-    client = Client(victim)
+    client = Client(victim, keep)
     first = 0
 
     def buy(images: Tensor, labels: Tensor) -> Labelled:

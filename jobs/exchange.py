@@ -65,6 +65,13 @@ def gather(rows: Tensor, total: int) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def from_first(rows: Tensor) -> Tensor:
+    """Rank 0's rows, in every process; the others give room for them, of the same shape and type."""
+    if processes() > 1:
+        dist.broadcast(rows, 0)
+    return rows
+
+
 def whole_batch(rows: Tensor, views: int = 1) -> Tensor:
     """Features of the whole batch (views * B, D), view-major, from this process's (views * B / processes, D).
 

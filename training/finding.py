@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from files.address import Address, is_address
 from settings import Command
 from training.released import released_below, released_settings
 from training.run import CHECKPOINT, NAME_BYTES, plain, read_config, relative
@@ -31,11 +32,13 @@ def home_of(checkpoint: Path, root: Path) -> Path:
     return root / f"{name}-{digest.hexdigest()[:8]}"
 
 
-def locate(path: Path, root: Path) -> Path:
+def locate(path: Path | Address, root: Path) -> Path:
     """The checkpoint, or another library's folder, of a path or of a run's name below `root`.
 
-    UserError when several runs have that name; a path that is nowhere comes back as it is.
+    UserError when several runs have that name, and for an address; a path that is nowhere comes back as it is.
     """
+    if is_address(path):
+        raise UserError(f"{path} gives answers, and the encoder itself is needed here: give its checkpoint or run")
     if path.is_file() or (path.is_dir() and not (path / CHECKPOINT).exists()):
         return path
     places = [path] if path.is_dir() else [root / path, *root.rglob(glob.escape(path.name) or ".")]
@@ -94,7 +97,7 @@ def find(
     given = getattr(command, flag)
     number = int(str(given)) if given is not None and str(given).isdigit() and not Path(given).exists() else None
     if given is not None and number is None:
-        path = locate(Path(given), root)
+        path = locate(given if is_address(given) else Path(given), root)
         print(f"{kind}: {relative(named(path))}")
         return path
     there = {path: {**wanted, **known} for path, known in released_below(root, kind).items()} | runs_below(root, kind)

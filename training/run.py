@@ -273,7 +273,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     if isinstance(value, str):
-        return canonical_name(value)  # data in a file, whose path may be spelled in several ways
+        return canonical_name(str(value))  # data in a file, whose path may be spelled in several ways
     return str(value) if isinstance(value, Path) else value
 
 
