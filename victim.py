@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_aug.datasets import to_float
 from data_aug.digests import HASH_BYTES, digest_tensor, image_digests, pack_digests, perceptual_hashes, unpack_digests
 from defenses import Call, Defence
-from models import SimCLREncoder
+from models import SimCLREncoder, as_encoder
 from utils import Precision, UserError
 
 __all__ = ["Api", "Ledger", "Victim", "digest_tensor", "image_digests", "pack_digests", "unpack_digests", "version_of"]
@@ -32,13 +32,6 @@ class BudgetExceeded(UserError):
 
 
 # ---- queries ---------------------------------------------------------------------------------------------------------
-
-
-def _identify(images: Tensor, secret: int, gather: Gather) -> list[list[bytes]]:
-    """Digests, perceptual hashes and such hashes by the secret of a call's images, gathered from all processes."""
-    hashes = perceptual_hashes(images), perceptual_hashes(images, secret)
-    parts = gather(torch.cat([digest_tensor(images), *hashes], dim=1)).split([16, HASH_BYTES, HASH_BYTES], dim=1)
-    return [unpack_digests(part, part.shape[1]) for part in parts]
 
 
 def check_query(images: Tensor) -> None:
@@ -219,7 +212,7 @@ class Api(nn.Module):
 
 
 class Victim:
-    """An encoder, or an `Api` of an encoder, behind an API: whoever has this object sees answers only.
+    """An encoder, an `Api` of one, or any module with rows of `dim` numbers, behind an API that gives answers only.
 
     The encoder is copied, set to eval mode and detached from autograd, so that nothing that happens here or to the
     original changes it. `budget` is the most queries that are answered over the object's life; None sets no limit.
@@ -228,14 +221,15 @@ class Victim:
 
     def __init__(
         self,
-        encoder: SimCLREncoder | Api,
+        encoder: SimCLREncoder | Api | nn.Module,
         budget: int | None = None,
         defences: Sequence[Defence] = (),
         precision: Precision | None = None,
+        dim: int | None = None,
     ):
-        api = encoder if isinstance(encoder, Api) else Api(encoder)
+        api = encoder if isinstance(encoder, Api) else Api(as_encoder(encoder, dim))
         self._api = copy.deepcopy(api).eval().requires_grad_(False)
-        self._precision = precision or Precision("fp32", next(encoder.parameters()).device)
+        self._precision = precision or Precision("fp32", next(encoder.parameters(), torch.empty(0)).device)
         self._api.to(self._precision.device, memory_format=self._precision.memory_format)
         self.budget = budget
         self.defences = list(defences)
@@ -267,7 +261,9 @@ class Victim:
         """
         check_query(images)
         gather = gather or (lambda rows: rows)
-        digests, hashes, keys = _identify(images, self._secret, gather)
+        marks = [digest_tensor(images), perceptual_hashes(images), perceptual_hashes(images, self._secret)]
+        parts = gather(torch.cat(marks, dim=1)).split([16, HASH_BYTES, HASH_BYTES], dim=1)
+        digests, hashes, keys = (unpack_digests(part, part.shape[1]) for part in parts)
         asked = self.ledger.queries
         if self.budget is not None and asked + len(digests) > self.budget:
             raise BudgetExceeded(
@@ -277,7 +273,6 @@ class Victim:
         self.ledger.record(digests, account, hashes)
         return answers
 
-    @torch.no_grad()
     def prepare(self, images: Tensor) -> None:
         """Let the defences learn from the owner's own images (M, 3, H, W); see their `owner_images`."""
         h = torch.cat([self._represent(part).float() for part in images.split(512)])
@@ -301,27 +296,34 @@ class Victim:
         reports = {type(defence).__name__.lower(): defence.report(sources) for defence in self.defences}
         return {f"{name}_{key}": value for name, report in reports.items() for key, value in report.items()}
 
+    @torch.no_grad()
     def _represent(self, images: Tensor) -> Tensor:
         images = to_float(images.to(self._precision.device, non_blocking=True))
         with self._precision.autocast():
             return self._api.encoder(images.contiguous(memory_format=self._precision.memory_format))
 
+    def look_at(self, images: Tensor, account: str = "default") -> Call:
+        """The owner's view of an account's first call, of images (B, 3, H, W); nothing is answered or recorded."""
+        h, keys = self._represent(images).float(), perceptual_hashes(images, self._secret)
+        return Call(image_digests(images), h, self._project, account, hashes=unpack_digests(keys, HASH_BYTES))
+
     @torch.no_grad()
-    def _answer(
-        self, images: Tensor, digests: Sequence[bytes], keys: Sequence[bytes], account: str, gather: Gather
-    ) -> Tensor:
-        h = gather(self._represent(images))
+    def respond(self, call: Call) -> Tensor:
+        """Answers (B, dim), float32, to a call, which the defences see; the ledger has no entry of it."""
         with self._precision.autocast():
-            answers = self._api.answer(h).float()
-        if not self.defences:
-            return answers
-        if not len(h):
+            answers = self._api.answer(call.representations).float()
+        if not len(answers):
             return answers.new_empty(0, self.dim)
-        first = self.ledger.accounts.get(account, Account()).queries
-        call = Call(digests, h.float(), self._project, account, first, keys)
         for defence in self.defences:
             answers = defence(answers, call)
         return answers.clone()  # a view would carry the numbers that a defence left out
+
+    def _answer(
+        self, images: Tensor, digests: Sequence[bytes], keys: Sequence[bytes], account: str, gather: Gather
+    ) -> Tensor:
+        first = self.ledger.accounts.get(account, Account()).queries
+        h = gather(self._represent(images)).float()
+        return self.respond(Call(digests, h, self._project, account, first, keys))
 
     def _project(self, h: Tensor) -> Tensor:
         with self._precision.autocast():

@@ -52,6 +52,8 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "growth-ledger": ("growth.ledger", {}),
     "growth-processes": ("scaling.growth_processes", {}),
     "defences-resnet34": ("defences.defences", {"arch": "resnet34"}),
+    "service-resnet18": ("service.service", {"arch": "resnet18"}),
+    "service-resnet10w32": ("service.service", {"arch": "resnet10w32"}),
 }
 GPU_SECONDS, GPU_MINUTES = 12.0, 9.5
 

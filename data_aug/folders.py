@@ -206,17 +206,22 @@ def read_picture(path: Path) -> Image.Image:
         with Image.open(path, formats=_formats()[0]) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"{file.width} x {file.height} pixels are more than {MOST_PIXELS:,}, shrink it")
-            if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):
-                # 16 bits of grey, which PIL would clip to white. A TIFF may have 12 bits, which are not scaled to 16.
-                bits = file.tag_v2[_BITS_PER_SAMPLE][0] if file.format == "TIFF" else 16
-                return Image.fromarray((np.asarray(file) >> (bits - 8)).astype(np.uint8)).convert("RGB")
-            if file.mode == "F" and np.min(file) >= 0 and np.max(file) <= 1:
-                return Image.fromarray((np.asarray(file) * 255).round().astype(np.uint8)).convert("RGB")
-            if file.mode in ("I", "F"):
-                raise ValueError("the range of its 32-bit pixels is not known, store 8 or 16 bits, or floats to 1")
-            return file.convert("RGB")
+            return in_rgb(file)
     except Exception as error:  # broken files make PIL's decoders raise nearly anything
         raise UserError(f"{path} is not an image that can be read: {' '.join(str(error).split())[:120]}") from None
+
+
+def in_rgb(file: Image.Image) -> Image.Image:
+    """An image that PIL has opened, decoded to RGB. ValueError for pixels of unknown range; PIL raises many errors."""
+    if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):
+        # 16 bits of grey, which PIL would clip to white. A TIFF may have 12 bits, which are not scaled to 16.
+        bits = file.tag_v2[_BITS_PER_SAMPLE][0] if file.format == "TIFF" else 16
+        return Image.fromarray((np.asarray(file) >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    if file.mode == "F" and np.min(file) >= 0 and np.max(file) <= 1:
+        return Image.fromarray((np.asarray(file) * 255).round().astype(np.uint8)).convert("RGB")
+    if file.mode in ("I", "F"):
+        raise ValueError("the range of its 32-bit pixels is not known, store 8 or 16 bits, or floats to 1")
+    return file.convert("RGB")
 
 
 def _read_square(path: Path, size: int) -> Tensor:

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "loss": {"settings", "training", "utils"},
     "defenses": _BASE | {"models", "data_aug"},
     "victim": {"files", "utils", "models", "data_aug", "defenses"},
+    "service": _BASE | {"data_aug", "defenses", "victim"},
     "attacks": _BASE | {"data_aug", "defenses", "jobs", "loss", "models", "training", "victim"},
     "simclr": _BASE | {"attacks", "data_aug", "defenses", "jobs", "training", "victim"},
     "evaluation": _BASE | {"attacks", "data_aug", "defenses", "loss", "models", "simclr", "training", "victim"},
@@ -76,7 +77,7 @@ def test_nothing_imports_a_script():
 
 
 def test_files_are_few_and_small():
-    assert len([*ROOT.glob("*.py")]) <= 18
+    assert len([*ROOT.glob("*.py")]) <= 20
     sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert not {name: size for name, size in sizes.items() if size > 330}
     assert not {name: sizes[f"{name}.py"] for name in SCRIPTS if sizes[f"{name}.py"] > 120}

@@ -11,6 +11,7 @@ import legitimate
 import linear_eval
 import linsimsiam
 import run
+import serve
 import steal
 import stealhead
 import steallabels
@@ -35,6 +36,7 @@ SCRIPTS = {
     legitimate: "",
     verify: "--method watermark --victim v --suspect s",
     detect: "--victim v",
+    serve: "--victim v",
 }
 
 
