@@ -31,6 +31,6 @@ clean:
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	@touch $@
 
-.venv/.dev: requirements-dev.txt .venv/.runtime
+.venv/.dev: requirements-dev.txt requirements-export.txt requirements-serve.txt .venv/.runtime
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	@touch $@

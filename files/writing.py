@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,21 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which replaces `path` on success and is removed on failure."""
+    """Yields a temporary path to write a file to, or a folder; it replaces `path` on success, and goes on failure.
+
+    A folder takes the place of an empty one only.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
             yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+            for file in [*temporary.iterdir()] if temporary.is_dir() else [temporary]:
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
             os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 

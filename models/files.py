@@ -1,6 +1,7 @@
 """Files and folders that may hold a checkpoint: what each of them is, and what is in it. No code in them is run."""
 
 import argparse
+import json
 import pickle
 import re
 import struct
@@ -97,6 +98,10 @@ FIELDS = {
     "begun": record(step=_COUNT, seen=_seen),
     "sslguard": _mark,
 }
+
+# What export.py says of weights: in the metadata of safetensors under this key, or in a folder's config.json.
+DESCRIPTION = "encoder.json"
+DESCRIBED = {name: FIELDS[name] for name in ("arch", "normalize", "input_size")}
 
 _UNPACK = "unpack it, and give the file inside"
 _ELSEWHERE = "give a checkpoint of PyTorch"
@@ -236,21 +241,32 @@ def _is_safetensors(path: Path, start: bytes) -> bool:
 
 def _read_safetensors(path: Path) -> dict:
     try:
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
     except ImportError:
         raise UserError(f"reading {path} needs the package safetensors: pip install safetensors") from None
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            described = (file.metadata() or {}).get(DESCRIPTION)
+        weights = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
+    return weights if described is None else _described(json.loads(described), weights, path)
+
+
+def _described(description: Any, weights: dict, path: Path) -> dict:
+    """The weights that export.py wrote, and what it says of them, as the entries of a checkpoint."""
+    return {**checked(description, DESCRIBED, str(path)), "state_dict": weights}
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 def _read_folder(folder: Path) -> dict:
-    """The contents of a folder of timm or Hugging Face: library, config, preprocessor and state_dict."""
+    """The contents of a folder of timm or Hugging Face: library, config, preprocessor and state_dict.
+
+    Of a folder by export.py, whose config.json has `arch`, the entries of a checkpoint.
+    """
     files = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not files or not (folder / "config.json").exists():
         inside = sorted(file.name for file in folder.iterdir() if file.name.endswith((".pth", ".tar", ".pt", ".ckpt")))
@@ -261,11 +277,13 @@ def _read_folder(folder: Path) -> dict:
     config = _read_config(folder / "config.json")
     preprocessor = folder / "preprocessor_config.json"
     library = next((library for library, key in MARKS.items() if key in config), None)
-    if library is None:
-        raise UserError(f"{folder}/config.json names no network: it has none of {', '.join(MARKS.values())}")
+    if library is None and "arch" not in config:
+        raise UserError(f"{folder}/config.json names no network: it has none of {', '.join(MARKS.values())}, arch")
     state = read_checkpoint(files[0])
     if not state or not all(isinstance(key, str) and dense(value) for key, value in state.items()):
         raise UserError(f"{files[0]} holds no tensors, or more than tensors: save the network's state_dict alone")
+    if library is None:
+        return _described(config, state, folder)
     content = {"library": library, "config": config, "state_dict": state}
     return {**content, "preprocessor": _read_config(preprocessor) if preprocessor.exists() else {}}
 

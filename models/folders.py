@@ -19,26 +19,11 @@ from models.files import LARGEST_SIDE, MARKS
 from models.layouts import Inputs, describe
 from models.simclr import SimCLREncoder
 from models.tensors import State, check_numbers, in_words, load_checked, unwrap, with_counters
+from models.wrapped import Wrapped
 from utils import UserError, seeded
 
 # Prefixes of the task heads that a Hugging Face encoder may have.
 TASK_PARTS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
-
-
-class Wrapped(nn.Module):
-    """Another library's network as a backbone: images (B, 3, H, W) -> `fc` of the representation (B, dim)."""
-
-    def __init__(self, model: nn.Module, read: Callable[[object], Tensor], dim: int):
-        super().__init__()
-        self.model, self.read, self.dim = model, read, dim
-        self.fc: nn.Module = nn.Identity()
-
-    def represent(self, x: Tensor) -> Tensor:
-        """Representation h (B, dim) of images (B, 3, H, W): `read` of the network's output."""
-        return self.read(self.model(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.represent(x))
 
 
 def encoder_from_folder(checkpoint: Mapping, source: str) -> SimCLREncoder:

@@ -8,39 +8,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.resnet import ResNet, resnet10w32, resnet18, resnet34, resnet50, resnet101
+from models.wrapped import TIMM, Architectures, Wrapped, check_rows, open_timm
 from utils import UserError
 
-# A new architecture is a row here.
-ARCHITECTURES = {
-    "resnet10w32": resnet10w32,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet10w32-imagenet": partial(resnet10w32, "imagenet"),
-    "resnet18-imagenet": partial(resnet18, "imagenet"),
-    "resnet34-imagenet": partial(resnet34, "imagenet"),
-    "resnet50-imagenet": partial(resnet50, "imagenet"),
-    "resnet101-imagenet": partial(resnet101, "imagenet"),
-    "resnet18-padding2": partial(resnet18, "padding2"),
-    "resnet50-padding2": partial(resnet50, "padding2"),
-    "resnet18-norelu": partial(resnet18, "norelu"),
-    "resnet34-norelu": partial(resnet34, "norelu"),
-    "resnet50-norelu": partial(resnet50, "norelu"),
-}
+# A new architecture is a row here; those of timm are there by their names, such as timm:vit_tiny_patch16_224.
+ARCHITECTURES = Architectures(
+    {
+        "resnet10w32": resnet10w32,
+        "resnet18": resnet18,
+        "resnet34": resnet34,
+        "resnet50": resnet50,
+        "resnet10w32-imagenet": partial(resnet10w32, "imagenet"),
+        "resnet18-imagenet": partial(resnet18, "imagenet"),
+        "resnet34-imagenet": partial(resnet34, "imagenet"),
+        "resnet50-imagenet": partial(resnet50, "imagenet"),
+        "resnet101-imagenet": partial(resnet101, "imagenet"),
+        "resnet18-padding2": partial(resnet18, "padding2"),
+        "resnet50-padding2": partial(resnet50, "padding2"),
+        "resnet18-norelu": partial(resnet18, "norelu"),
+        "resnet34-norelu": partial(resnet34, "norelu"),
+        "resnet50-norelu": partial(resnet50, "norelu"),
+    }
+)
 
 # Architectures with the ImageNet stem, by the names that the scripts of ImageNet scale use.
 LARGE = [name.removesuffix("-imagenet") for name in ARCHITECTURES if name.endswith("-imagenet")]
 
-USUAL = "resnet10w32, resnet18, resnet34 or resnet50 (`help` lists all)"
+USUAL = "resnet10w32, resnet18, resnet34 or resnet50 (`help` lists all), or timm:NAME"
 
 
-def arch_name(text: str, names: Collection[str] = tuple(ARCHITECTURES)) -> str:
+def arch_name(text: str, names: Collection[str] = ARCHITECTURES) -> str:
     """The name itself if it is an architecture; `help` prints all names and exits. UserError for any other text."""
     if text == "help":
         print(*names, sep="\n")
         raise SystemExit(0)
     if text not in names:
         raise UserError(f"unknown architecture {text!r}: choose from {', '.join(names)}")
+    if text.startswith(TIMM):
+        open_timm(text)
     return text
 
 
@@ -77,7 +82,7 @@ class SimCLREncoder(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: ResNet | Wrapped,
         arch: str,
         head: nn.Module | None = None,
         normalize: Normalize | None = None,
@@ -147,7 +152,20 @@ def build_encoder(
     """
     backbone = ARCHITECTURES[arch]()
     fc = None if out_dim is None else projection_head(backbone.dim, out_dim, head)
-    return SimCLREncoder(backbone, arch, fc, normalize, input_size)
+    return SimCLREncoder(backbone, arch, fc, normalize, input_size or getattr(backbone, "input_size", None))
+
+
+def as_encoder(module: nn.Module, dim: int | None = None) -> SimCLREncoder:
+    """An encoder as it is, or any module around which one is made: images (B, 3, H, W) in [0, 1] -> rows (B, dim).
+
+    ValueError where `dim` is missing, or not an encoder's.
+    """
+    known = module.dim if isinstance(module, SimCLREncoder) else None
+    if (known or dim) is None or dim not in (None, known or dim):
+        raise ValueError(f"give dim, the width of the rows of {type(module).__name__}{f': {known}' if known else ''}")
+    if known:
+        return module
+    return SimCLREncoder(Wrapped(module, partial(check_rows, dim), dim), type(module).__name__)
 
 
 def build_copy(

@@ -1,0 +1,96 @@
+"""Other people's networks as backbones: any module, and the architectures of timm by their names.
+
+build_encoder("timm:vit_tiny_patch16_224")      # timm is optional, and imported only then
+Victim(module, dim=512)                         # any module: images (B, 3, H, W) -> rows (B, 512)
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from utils import UserError
+
+TIMM = "timm:"
+SIDE, PATCH = 32, 4  # of this project's images, and of the patches into which a transformer cuts them
+
+
+class Wrapped(nn.Module):
+    """Another library's network as a backbone: images (B, 3, H, W) -> `fc` of the representation (B, dim).
+
+    `input_size`: the only side of images that the network takes, or None.
+    """
+
+    def __init__(self, model: nn.Module, read: Callable[[object], Tensor], dim: int, input_size: int | None = None):
+        super().__init__()
+        self.model, self.read, self.dim, self.input_size = model, read, dim, input_size
+        self.fc: nn.Module = nn.Identity()
+
+    def represent(self, x: Tensor) -> Tensor:
+        """Representation h (B, dim) of images (B, 3, H, W): `read` of the network's output."""
+        return self.read(self.model(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.represent(x))
+
+
+def check_rows(dim: int, rows: object) -> Tensor:
+    """The rows (B, dim) that a module gave. ValueError where it gave something else."""
+    if not isinstance(rows, Tensor) or rows.shape[1:] != (dim,):
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"the module gives {found} for a batch of images, not rows of dim={dim} numbers")
+    return rows
+
+
+class Architectures(dict[str, Callable[[], nn.Module]]):
+    """Functions that build a backbone, by the architecture's name; `timm:NAME` is one of them without being listed."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith(TIMM))
+
+    def __missing__(self, name: str) -> Callable[[], nn.Module]:
+        if name not in self:
+            raise KeyError(name)
+        return timm_architecture(name)
+
+
+@functools.cache  # the same function for the same name, as in a table
+def timm_architecture(name: str) -> Callable[[], Wrapped]:
+    """The function that builds `timm:NAME` with fresh weights."""
+    return functools.partial(_build_timm, name)
+
+
+def open_timm(name: str) -> ModuleType:
+    """The library, which has the architecture `timm:NAME`. UserError where it is absent, or has no such network."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        raise UserError(f"{name} needs the package timm: pip install timm") from None
+    plain = name.removeprefix(TIMM)
+    if not (plain.isidentifier() and timm.is_model(plain)):  # other texts timm would look up on the internet
+        raise UserError(f"timm {timm.__version__} has no architecture {plain!r}: timm.list_models() has their names")
+    return timm
+
+
+def _build_timm(name: str) -> Wrapped:
+    """Networks for images of a fixed size are built for 32 x 32 images, in patches of 4 x 4 where they have patches."""
+    timm, plain = open_timm(name), name.removeprefix(TIMM)
+    configuration = timm.models.get_pretrained_cfg(plain)
+    fixed = bool(configuration and configuration.fixed_input_size)
+    attempts = [{"img_size": SIDE, "patch_size": PATCH}, {"img_size": SIDE}] if fixed else [{}]
+    for arguments in attempts:
+        try:
+            model = timm.create_model(plain, pretrained=False, num_classes=0, **arguments)
+            break
+        except TypeError as error:  # it has no patches
+            said = error
+    else:
+        raise UserError(f"{name} cannot be built for images of {SIDE} x {SIDE}: {said}")
+    with torch.no_grad():
+        row = model.eval()(torch.zeros(1, 3, SIDE, SIDE))
+    if not isinstance(row, Tensor) or row.dim() != 2:
+        raise UserError(f"{name} does not give an image a single vector: choose another architecture")
+    return Wrapped(model.train(), nn.Identity(), row.shape[1], SIDE if fixed else None)
