@@ -1,6 +1,7 @@
 """Is this encoder stolen? Tests for the victim's watermark, its training images (dataset inference), its similarity.
 
 python verify.py --method watermark --victim VICTIM.pth.tar --suspect SUSPECT.pth.tar --independent A.pth.tar B.pth.tar
+python verify.py --suspects FOLDER --victim VICTIM.pth.tar --shadows 20      # many suspects, ranked by all methods
 
 A suspect is called stolen if every test that the given encoders allow has a p-value below --level, after Holm's
 correction for the number of suspects. Tests over images detect any difference, however small. The test over encoders
@@ -11,14 +12,13 @@ itself, or finds an untrained encoder, decides nothing.
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import jobs.early  # noqa: F401
 
 from data_aug.datasets import Data
-from evaluation.candidates import OwnershipTest, add_control, dataset_of, open_candidates
+from evaluation.candidates import RANKING, Encoders, OwnershipTest, add_control, dataset_of, open_candidates
 from evaluation.ownership import METHODS, measure_all
+from evaluation.ranking import Ranking, rank_suspects, use_ranking
 from evaluation.verdict import (
     add_verdict_rows,
     count_words,
@@ -29,34 +29,17 @@ from evaluation.verdict import (
 )
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
-from settings import Command, Parser, Settings, setting
+from settings import Command, Parser
 from training import finding
 from training.run import open_run
 from utils import UserError
 from victim import version_of
 
 
-@dataclass(frozen=True)
-class Encoders(Settings):
-    """The encoders to test: checkpoints, run folders or run names."""
-
-    victim: Path | None = setting(
-        None,
-        "the owner's encoder; a watermark needs a checkpoint with its MLP",
-        named=False,
-        otherwise="the only victim",
-    )
-    suspect: Sequence[Path] | None = setting(None, "encoders to test", read=Path, several=True, named=False)
-    independent: Sequence[Path] | None = setting(
-        None, "encoders known to be independent of the victim", read=Path, several=True, named=False
-    )
-    title = "encoders"
-
-
 def make_parser() -> Parser:
     return Parser(
         __doc__,
-        (Data, Encoders, OwnershipTest, Machine, Threads),
+        (Data, Encoders, OwnershipTest, Ranking, Machine, Threads),
         kind="verify",
         core=("method", "seed"),
         implied=("suspect", "dataset"),
@@ -66,11 +49,14 @@ def make_parser() -> Parser:
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
     command.use_all(Data, Encoders, OwnershipTest, Machine, Threads)
-    if command.method is None:
+    if command.suspects or command.method == RANKING:
+        use_ranking(command)
+    elif command.method is None:
         raise UserError(f"no method: give --method {' or --method '.join(METHODS)}")
-    if not command.suspect:
-        raise UserError("no encoder in question: give --suspect PATH, one or several")
-    paths = [*command.suspect, "and", *(command.independent or ())]
+    elif not command.suspect:
+        raise UserError("no encoder in question: give --suspect PATH, one or several, or --suspects FOLDER")
+    questioned = [command.suspects] if command.suspects else command.suspect
+    paths = [*questioned, "and", *(command.independent or ())]
     command.suffix = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:8]
     command.refuse_idle()
     return command
@@ -83,6 +69,9 @@ def main() -> None:
     machine, precision = set_up(command)
     test, root = command[OwnershipTest], machine.checkpoint_dir
     victim = finding.find(command, "victim", "victim", {})
+    if command.suspects:
+        rank_suspects(command, victim, precision, root)
+        return
     suspects, independents = (
         [finding.locate(path, root) for path in paths or ()] for paths in (command.suspect, command.independent)
     )

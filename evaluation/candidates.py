@@ -12,6 +12,7 @@ from data_aug.datasets import DATASETS, canonical_name, check_name, load_trainin
 from defenses.dataset_inference import Mixture, published_mixture
 from evaluation.alignment import Aligned, Alignment
 from evaluation.fidelity import untrained_like
+from evaluation.probe_images import TRAINED, UNSEEN
 from evaluation.test_images import load_test
 from files.reading import checked, number, optional, text
 from loss import TRAIN_LOSSES
@@ -26,6 +27,7 @@ from victim import version_of
 Figures = dict[str, float]
 Measured = tuple[Tensor, ...]  # a method's measurements of an encoder, on the CPU
 
+RANKING = "ranking"  # the method by which many suspects are compared
 SIMILARITY_IMAGES = 20_000  # of the victim's training images, the authors' number
 
 
@@ -33,7 +35,31 @@ def _only_with(*methods: str) -> Callable[[Command], str | None]:
     return lambda command: None if command.method in (None, *methods) else f"with --method {command.method}"
 
 
-_INFERENCE = {"acts": _only_with("dataset-inference"), "title": "dataset inference"}
+_INFERENCE = {"acts": _only_with("dataset-inference", RANKING), "title": "dataset inference"}
+
+
+@dataclass(frozen=True)
+class Encoders(Settings):
+    """The encoders to test: checkpoints, run folders or run names."""
+
+    victim: Path | None = setting(
+        None,
+        "the owner's encoder; a watermark needs a checkpoint with its MLP",
+        named=False,
+        otherwise="the only victim",
+    )
+    suspect: Sequence[Path] | None = setting(
+        None,
+        "encoders to test",
+        read=Path,
+        several=True,
+        named=False,
+        acts=lambda command: "with --suspects" if command.suspects else None,
+    )
+    independent: Sequence[Path] | None = setting(
+        None, "encoders known to be independent of the victim", read=Path, several=True, named=False
+    )
+    title = "encoders"
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,9 @@ class OwnershipTest(Settings):
     """The method by which encoders are tested, the images, and the level at which a test is passed."""
 
     method: str | None = setting(
-        None, "how copies are recognised", choices=("watermark", "sslguard", "dataset-inference", "similarity")
+        None,
+        "how copies are recognised; ranking: by all of these and by neighbours, with --suspects",
+        choices=("watermark", "sslguard", "dataset-inference", "similarity", RANKING),
     )
     level: float = setting(
         0.05, "probability of any false accusation among the suspects: a test's p-values are below it", above=0, below=1
@@ -53,20 +81,20 @@ class OwnershipTest(Settings):
         None,
         "use the last N test images",
         at_least=1,
-        otherwise="all not queried",
-        acts=_only_with("watermark", "sslguard", "dataset-inference"),
+        otherwise=f"all not queried; to rank suspects {UNSEEN} at most",
+        acts=_only_with("watermark", "sslguard", "dataset-inference", RANKING),
     )
     num_train: int | None = setting(
         None,
         "number of the victim's training images to use",
         at_least=1,
-        otherwise=f"all; for similarity {SIMILARITY_IMAGES} at most",
-        acts=_only_with("dataset-inference", "similarity"),
+        otherwise=f"all; for similarity {SIMILARITY_IMAGES} at most, to rank suspects {TRAINED}",
+        acts=_only_with("dataset-inference", "similarity", RANKING),
     )
     align: bool = setting(
         False,
         "first turn representations into the victim's (orthogonal Procrustes) by half of the images",
-        acts=_only_with("watermark", "sslguard", "similarity"),
+        acts=_only_with("watermark", "sslguard", "similarity", RANKING),
     )
     components: int | None = setting(
         None,
@@ -88,7 +116,12 @@ class OwnershipTest(Settings):
         otherwise="as published: False, for ImageNet True",
         **_INFERENCE,
     )
-    crops: bool = setting(False, "represent a random resized crop of each image", **_INFERENCE)
+    crops: bool = setting(
+        False,
+        "represent a random resized crop of each image",
+        acts=_only_with("dataset-inference"),
+        title="dataset inference",
+    )
     title = "test"
 
     def mixture(self, dataset: str) -> Mixture:
@@ -132,13 +165,18 @@ def open_candidates(victim: Path, suspects: Sequence[Path], independents: Sequen
             if kind != "suspect":  # a thief may have stopped early
                 finding.check_finished(checkpoint, path)
             candidates.append(Candidate(kind, path, checkpoint, victims.encoder_of(checkpoint, path)))
-    # SSLGuard's watermark is put into a trained encoder, which the run names: that is the owner's too.
-    owned = {version_of(candidates[0].encoder), str(candidates[0].settings.get("weights"))}
     for candidate in candidates:
-        versions = {version_of(candidate.encoder), candidate.checkpoint.get("stolen_from")}
-        if candidate.kind == "independent" and owned & versions:
-            raise UserError(f"{candidate.path} is the victim or a copy of it: leave it out of --independent")
+        if candidate.kind == "independent":
+            check_independent(candidate, candidates[0])
     return candidates
+
+
+def check_independent(candidate: Candidate, victim: Candidate) -> None:
+    """UserError where an encoder given as independent is the victim, or is known to be a copy of it."""
+    # SSLGuard's watermark is put into a trained encoder, which the run names: that is the owner's too.
+    owned = {version_of(victim.encoder), str(victim.settings.get("weights"))}
+    if owned & {version_of(candidate.encoder), candidate.checkpoint.get("stolen_from")}:
+        raise UserError(f"{candidate.path} is the victim or a copy of it: leave it out of --independent")
 
 
 def add_control(candidates: list[Candidate], seed: int) -> None:
@@ -189,11 +227,16 @@ def unseen_images(test: OwnershipTest, dataset: str, root: Path, candidates: Seq
 
 def training_images(dataset: str, root: Path, victim: Candidate) -> Tensor:
     """The images uint8 (N, 3, H, W) that the victim was trained on, as run.py selects them."""
+    return training_data(dataset, root, victim)[0]
+
+
+def training_data(dataset: str, root: Path, victim: Candidate) -> tuple[Tensor, Tensor]:
+    """As `training_images`, with their labels (N,)."""
     fields = {"losstype": text(), "num_train": optional(number(whole=True, at_least=1)), "seed": number(whole=True)}
     settings = checked(victim.settings, fields, f"{victim.path}: settings")
     loss = TRAIN_LOSSES.get(settings.get("losstype"))
     labelled = bool(loss and loss.needs_labels)
-    return load_training(dataset, root, labelled, settings.get("num_train"), settings.get("seed", 0))[0]
+    return load_training(dataset, root, labelled, settings.get("num_train"), settings.get("seed", 0))[:2]
 
 
 def represent_by(candidate: Candidate, images: Tensor, precision: Precision) -> Tensor:

@@ -144,21 +144,25 @@ def untrained_like(encoder: SimCLREncoder, seed: int) -> SimCLREncoder | None:
 # ---- neighbours, classifiers -----------------------------------------------------------------------------------------
 
 
+def nearest_neighbours(features: Tensor, neighbours: int = 10) -> Tensor:
+    """The positions (N, K) of the K nearest other rows of (N, D) by cosine, K = `neighbours` or, of few rows, N - 1."""
+    unit, neighbours = F.normalize(features, dim=1), min(neighbours, len(features) - 1)
+    parts = []
+    for start in range(0, len(unit), 1000):
+        similarity = unit[start : start + 1000] @ unit.T
+        similarity[:, start:].fill_diagonal_(-2)  # an image is no neighbour of itself
+        parts.append(similarity.topk(neighbours, dim=1).indices)
+    return torch.cat(parts)
+
+
+def shared_neighbours(a: Tensor, b: Tensor) -> Tensor:
+    """The share in [0, 1] of each row's neighbours by `nearest_neighbours` (N, K) that (N, K) has too: (N,)."""
+    return (a[:, :, None] == b[:, None, :]).any(dim=2).float().mean(dim=1)
+
+
 def neighbour_overlap(a: Tensor, b: Tensor, neighbours: int = 10) -> float:
     """The mean share in percent of the nearest neighbours by cosine that are common to (N, D) and (N, E)."""
-    neighbours = min(neighbours, len(a) - 1)
-
-    def nearest(features: Tensor) -> Tensor:
-        unit = F.normalize(features, dim=1)
-        parts = []
-        for start in range(0, len(unit), 1000):
-            similarity = unit[start : start + 1000] @ unit.T
-            similarity[:, start:].fill_diagonal_(-2)  # an image is no neighbour of itself
-            parts.append(similarity.topk(neighbours, dim=1).indices)
-        return torch.cat(parts)
-
-    common = (nearest(a)[:, :, None] == nearest(b)[:, None, :]).any(dim=2)
-    return 100.0 * common.float().mean().item()
+    return 100.0 * shared_neighbours(*(nearest_neighbours(features, neighbours) for features in (a, b))).mean().item()
 
 
 def agreement(a: Tensor, b: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 Scores = Tensor | Sequence[float]
 Interval = tuple[float, float]
 NORMAL_95 = 1.959963984540054  # the normal deviate with 2.5 % above it
+SMALLEST_DEVIATION = 1e-9  # of other encoders' scores, where these are all equal
 
 
 def welch(a: Scores, b: Scores) -> float:
@@ -153,6 +154,40 @@ def auc_interval(guilty: Scores, innocent: Scores) -> Interval:
         return min(low, float(area)), max(high, float(area))
     half = NORMAL_95 * variance**0.5
     return float(max(0, area - half)), float(min(1, area + half))
+
+
+def hits_at(guilty: Scores, innocent: Scores, rate: float) -> int:
+    """How many of the guilty (N,) reach the lowest threshold that at most this share of the innocent (M,) reaches.
+
+    With fewer than 1 / rate innocent scores that is no one of them: the guilty above all of the innocent.
+    """
+    found = max(found for false, found in roc(guilty, innocent)[0] if false <= rate + 1e-12)
+    return round(found * len(guilty))
+
+
+# ---- an encoder among others -----------------------------------------------------------------------------------------
+
+
+def z_scores(values: np.ndarray) -> np.ndarray:
+    """By how many deviations each row (N, S) is above the mean of the other N - 1 rows, column by column; N > 2.
+
+    No row has a part in what it is compared with, so all N are treated alike. A deviation counts as 1e-9 at least.
+    """
+    z = np.empty(values.shape)
+    for row in range(len(values)):
+        others = np.delete(values, row, axis=0)
+        z[row] = (values[row] - others.mean(axis=0)) / np.maximum(others.std(axis=0, ddof=1), SMALLEST_DEVIATION)
+    return z
+
+
+def rank_p(totals: Scores) -> float:
+    """The share of numbers (N,) that are at least the first, itself among them: a p-value of 1 / N or more.
+
+    If the first is a further draw of the same kind as the others, it is at most a with a probability of at most a,
+    whatever the distribution, provided that the numbers treat all N alike (Vovk et al., 2005: conformal prediction).
+    """
+    totals = _array(totals)
+    return float((totals >= totals[0] - 1e-9 * (1 + abs(totals[0]))).mean())
 
 
 def _array(scores: Scores) -> np.ndarray:

@@ -42,6 +42,8 @@ SGD, SYMMETRIZED = ("--optimizer", "sgd"), ("--losstype", "symmetrized", "-b", "
 # What leaves the result as it is: seen in the tests of resumption and of Run, in the last one here, and in every test.
 ELSEWHERE = {"help", "data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
 ELSEWHERE |= {"log_every_n_steps", "fp16_precision", "print_freq", "evaluate", "compile", "run_dir"}
+# Victims behind an API: seen in test_remote.py.
+ELSEWHERE |= {"api_key_file", "max_wait"}
 # Several processes: seen in test_stopping.py and test_distributed.py.
 ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"}
 
