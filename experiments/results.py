@@ -115,7 +115,7 @@ class Results:
 
     def estimate(self, figure: str, at: Point) -> Estimate | None:
         """The mean of a figure at a point; None where no run has it."""
-        samples, share = self.samples(figure, at), figure.partition(".")[2] in SHARES
+        samples, share = _different(self.samples(figure, at)), figure.partition(".")[2] in SHARES
         if len(samples) != 1:
             found = _mean([(sample.seeds, sample.value) for sample in samples])
             if found is None or found.low is None or not share:
@@ -190,6 +190,17 @@ def _mean(values: Sequence[tuple[tuple[str, ...], float]], test: bool = False) -
     half = float(stats.t.ppf(0.975, len(of) - 1)) * error
     p = float(stats.ttest_1samp(of, 0).pvalue) if test and error else None
     return Estimate(mean, mean - half, mean + half, victims, len(values), p)
+
+
+def _different(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples without those of an encoder that stands there already: right on the very same images.
+
+    So are an attacker's own encoders beside several victims. They know nothing of these, so only their own seeds count.
+    """
+    by_answers = {str(sample.row.get("right", position)): sample for position, sample in enumerate(samples)}
+    if len(by_answers) == len(samples):
+        return list(samples)
+    return [replace(sample, seeds=("", *sample.seeds[1:])) for sample in by_answers.values()]
 
 
 def _same(seeds: Sequence[str], others: Sequence[str]) -> bool:

@@ -225,6 +225,20 @@ def test_of_the_rows_of_several_encoders_a_line_has_its_own(results, grid):
         assert row["accuracy"] == position
 
 
+def test_an_encoder_that_is_judged_beside_several_victims_is_a_single_run(grid):
+    """As an attacker's own encoder, which is the same whoever the victim is."""
+    lines = lines_of(grid)
+    one = Results(grid, lines, ["victim_seed", "seed"]).row("judged", {**AT, "victim_seed": "0", "seed": "0"})
+    here = {cell.command for at, cell in grid.cells["judged"].items() if AT.items() <= dict(at).items()}
+    for line in lines:
+        if line["command"] in here:
+            line["rows"] = [{**line["rows"][0], "top1_converged": one["top1_converged"], "right": one["right"]}]
+    found = Results(grid, lines, ["victim_seed", "seed"]).estimate("judged.top1_converged", AT)
+    low, high = proportion_confint(round(found.mean / 100 * IMAGES), IMAGES, method="beta")
+    assert (found.mean, found.low, found.high) == pytest.approx((one["top1_converged"], 100 * low, 100 * high))
+    assert found.n == "1"
+
+
 def test_a_copy_is_compared_with_what_has_fewer_seeds(results):
     """Each of a user's figures, which know no loss and no seed of an attacker, with those of the same victim."""
     found = results.difference("judged.top1_converged", AT, AT, "user.top1_converged")
