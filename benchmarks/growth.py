@@ -102,7 +102,7 @@ def layers(effort: Effort) -> dict[str, Any]:
 class Average(nn.Module):
     """An encoder that costs nearly nothing: a linear map of the mean colour."""
 
-    dim, out_dim, has_head = 512, None, False
+    dim = 512
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ def ledger(effort: Effort) -> dict[str, Any]:
     encoder, shown, contest = Average().to(effort.device), pictures(count), Contest(effort)
 
     def asking(earlier: int) -> Callable[[], Tensor]:
-        victim = Victim(encoder, precision=effort.precision)
+        victim = Victim(encoder, precision=effort.precision, dim=Average.dim)
         if earlier:
             digests, hashes = (_random_bytes(earlier, size) for size in (16, HASH_BYTES))
             victim.ledger.record(digests, hashes=hashes)

@@ -163,8 +163,9 @@ def of_run(row: Mapping, name: str) -> Estimate:
     return Estimate(float(row[name]), 100 * low, 100 * high, 1, 1)
 
 
-def between_runs(one: Mapping, other: Mapping, name: str, of_other: str) -> Estimate:
+def between_runs(one: Mapping, other: Mapping, name: str, of_other: str | None = None) -> Estimate:
     """The difference of figures of two single runs, by their rows: paired, where these say which images are right."""
+    of_other = of_other or name
     difference = float(one[name]) - float(other[of_other])
     right = [_right(row) for row in (one, other)]
     same_images = one.get("test_digest") == other.get("test_digest")

@@ -312,6 +312,7 @@ def test_a_copy_is_finished_without_the_api_where_all_answers_are_there(call, st
     assert "start the API, or correct the address" in err
 
 
+@pytest.mark.slow
 def test_a_killed_attack_pays_once_for_the_answer_that_it_lost(stolen, service, key, weights, data, tmp_path):
     attackers = []
     relay = Relay(service.port, {2: killing(lambda: attackers[0].pid)})
