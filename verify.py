@@ -18,7 +18,6 @@ import jobs.early  # noqa: F401
 from data_aug.datasets import Data
 from evaluation.candidates import RANKING, Encoders, OwnershipTest, add_control, dataset_of, open_candidates
 from evaluation.ownership import METHODS, measure_all
-from evaluation.ranking import Ranking, rank_suspects, use_ranking
 from evaluation.verdict import (
     add_verdict_rows,
     count_words,
@@ -29,6 +28,7 @@ from evaluation.verdict import (
 )
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up
+from ranking.rank import Ranking, rank_suspects, use_ranking
 from settings import Command, Parser
 from training import finding
 from training.run import open_run

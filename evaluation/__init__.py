@@ -7,9 +7,6 @@ released    the protocol of the 2022 code            encoders   which encoder is
 test_images which test images may be used            statistics tests behind a claim, and the ROC
 watching    a detector's scores of the streams
 candidates  which encoders verify.py tests           alignment  turning a copy's dimensions into the victim's
-ranking     many suspects at once, with suspects     scores     an encoder's closeness to a victim, on probe_images
-standing    a suspect among independent encoders     shadows    encoders trained as the victim was
-disguises   how thieves hide copies
 
 The names exported here take tensors and encoders only; scripts import the other modules by name.
 """

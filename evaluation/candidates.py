@@ -12,7 +12,6 @@ from data_aug.datasets import DATASETS, canonical_name, check_name, load_trainin
 from defenses.dataset_inference import Mixture, published_mixture
 from evaluation.alignment import Aligned, Alignment
 from evaluation.fidelity import untrained_like
-from evaluation.probe_images import TRAINED, UNSEEN
 from evaluation.test_images import load_test
 from files.reading import checked, number, optional, text
 from loss import TRAIN_LOSSES
@@ -27,6 +26,8 @@ from victim import version_of
 Figures = dict[str, float]
 Measured = tuple[Tensor, ...]  # a method's measurements of an encoder, on the CPU
 
+# Images of the victim's data set on which many suspects are scored, where the command line does not say how many.
+TRAINED, UNSEEN = 800, 400
 RANKING = "ranking"  # the method by which many suspects are compared
 SIMILARITY_IMAGES = 20_000  # of the victim's training images, the authors' number
 

@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "attacks": _BASE | {"data_aug", "defenses", "jobs", "loss", "models", "training", "victim"},
     "simclr": _BASE | {"attacks", "data_aug", "defenses", "jobs", "training", "victim"},
     "evaluation": _BASE | {"attacks", "data_aug", "defenses", "loss", "models", "simclr", "training", "victim"},
+    "ranking": _BASE
+    | {"attacks", "data_aug", "defenses", "evaluation", "loss", "models", "simclr", "training", "victim"},
     "experiments": {"files", "jobs", "utils", "evaluation"},
 }
 

@@ -13,15 +13,15 @@ import verify
 from data_aug.shapes import make_shapes
 from defenses.dataset_inference import Mixture
 from evaluation.candidates import Candidate
-from evaluation.disguises import DISGUISES, Thief, hide
 from evaluation.fidelity import mutual_information, nearest_neighbours, neighbour_overlap, shared_neighbours
-from evaluation.probe_images import choose_trained, contested_values, make_probes, noise_images
-from evaluation.scores import Options, Reading, Scorer
-from evaluation.standing import Standing, common_scores, give_verdicts, references_needed, stand, true_rates
 from evaluation.statistics import hits_at, holm, rank_p, rate_interval, z_scores
-from evaluation.suspects import find_suspects, look_at, read_truth
 from files.writing import save_checkpoint
 from models import build_encoder, load_encoder, read_checkpoint
+from ranking.disguises import DISGUISES, Thief, hide
+from ranking.probe_images import choose_trained, contested_values, make_probes, noise_images
+from ranking.scores import Options, Reading, Scorer
+from ranking.standing import Standing, common_scores, give_verdicts, references_needed, stand, true_rates
+from ranking.suspects import find_suspects, look_at, read_truth
 from tests.conftest import call_main
 from tests.networks import FP32, small_encoder
 from utils import UserError, seeded
@@ -308,7 +308,7 @@ OPTIONS = Options(Mixture("diag", 2), align=True)
 def test_a_thief_trains_on_what_it_has(disguise, encoder, monkeypatch):
     """The trained disguises change the weights, leave the copy as it was, and follow from the seed."""
     for recipe in ("TUNING", "DISTILLING"):
-        monkeypatch.setattr(f"evaluation.disguises.{recipe}", run.Recipe(epochs=1, batch_size=8, lr=1e-3))
+        monkeypatch.setattr(f"ranking.disguises.{recipe}", run.Recipe(epochs=1, batch_size=8, lr=1e-3))
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     thief = Thief(make_shapes("train", 16)[0], FP32)
     first, second = (DISGUISES[disguise](encoder, thief).state_dict() for _ in range(2))
@@ -642,7 +642,7 @@ def test_a_ranking_that_cannot_be_is_one_line(arguments, message, theft, capsys)
 
 
 def test_a_victim_that_does_not_say_how_it_was_trained_has_no_shadows(theft):
-    from evaluation.shadows import train_shadows
+    from ranking.shadows import train_shadows
 
     folder, victim = theft
     content = read_checkpoint(victim)

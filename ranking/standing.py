@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evaluation.probe_images import contested_values
-from evaluation.scores import Reading
 from evaluation.statistics import auc_interval, hits_at, holm, rank_p, rate_interval, roc, z_scores
+from ranking.probe_images import contested_values
+from ranking.scores import Reading
 
 CONTESTED = 0.2  # share of the unseen images by which encoders are compared in the score `contested`
 COMBINED = ("maximum", "sum")  # of a suspect's z-scores; a score that it lacks counts as none

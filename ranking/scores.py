@@ -15,9 +15,9 @@ from defenses.watermark import WatermarkMLP, check_width, read_watermark, waterm
 from evaluation.alignment import Aligned, Alignment
 from evaluation.candidates import Candidate
 from evaluation.fidelity import centred_cosines, mutual_information, nearest_neighbours, shared_neighbours
-from evaluation.probe_images import ProbeImages
 from evaluation.statistics import cohens_d
 from models import SimCLREncoder
+from ranking.probe_images import ProbeImages
 from training.represent import represent
 from utils import Precision, UserError
 

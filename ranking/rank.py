@@ -18,6 +18,7 @@ from data_aug.datasets import same_source
 from defenses.dataset_inference import under_determined
 from evaluation.candidates import (
     RANKING,
+    UNSEEN,
     Candidate,
     OwnershipTest,
     add_control,
@@ -27,13 +28,13 @@ from evaluation.candidates import (
     unseen_images,
 )
 from evaluation.ownership import begin_alike
-from evaluation.probe_images import UNSEEN, ProbeImages, choose_trained, make_probes
-from evaluation.ranking_report import TABLE, Ranked, Result, ranking_lines, ranking_row, write_ranking
-from evaluation.scores import SCORES, Options, Reading, Scorer, available_scores
-from evaluation.shadows import train_shadows
-from evaluation.standing import COMBINED, common_scores, give_verdicts, stand
-from evaluation.suspects import Suspect, find_suspects, look_at, read_truth, readable
 from models import read_checkpoint
+from ranking.probe_images import ProbeImages, choose_trained, make_probes
+from ranking.report import TABLE, Ranked, Result, ranking_lines, ranking_row, write_ranking
+from ranking.scores import SCORES, Options, Reading, Scorer, available_scores
+from ranking.shadows import train_shadows
+from ranking.standing import COMBINED, common_scores, give_verdicts, stand
+from ranking.suspects import Suspect, find_suspects, look_at, read_truth, readable
 from settings import Command, Settings, setting
 from training import finding
 from training.run import open_run, relative

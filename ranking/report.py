@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.probe_images import contested_values
 from evaluation.rows import rounded
-from evaluation.scores import Reading
-from evaluation.standing import (
+from evaluation.statistics import roc
+from files.writing import atomic_path
+from ranking.probe_images import contested_values
+from ranking.scores import Reading
+from ranking.standing import (
     COMBINED,
     CONTESTED,
     FALSE_RATES,
@@ -21,8 +23,6 @@ from evaluation.standing import (
     split_scores,
     true_rates,
 )
-from evaluation.statistics import roc
-from files.writing import atomic_path
 
 TABLE = "ranking.csv"  # in the run's folder
 SHOWN = 20  # suspects that are printed, the highest

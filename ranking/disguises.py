@@ -1,6 +1,6 @@
 """How a thief hides a copy: versions of an encoder that serve its users as well, or nearly, and look otherwise.
 
-python -m evaluation.disguises --copy COPY... --out FOLDER -data ./datasets --dataset textures
+python -m ranking.disguises --copy COPY... --out FOLDER -data ./datasets --dataset textures
 
 writes each of DISGUISES for each copy, for verify.py --suspects FOLDER --heads: the turned and padded ones hold a
 linear map in their head. Each follows from the seed alone.

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_aug.shapes import make_textures
+from evaluation.candidates import TRAINED
 from utils import UserError, derive_seed, generator
 
-TRAINED, UNSEEN = 800, 400  # images of the victim's data set, where the command line does not say how many
 CELLS = (4, 8, 16, 32)  # the noise images are grids of so many cells, in turn
 
 
