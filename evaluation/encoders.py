@@ -176,8 +176,10 @@ def victim_of(command: Command, copy: Path, checkpoint: Mapping) -> tuple[Path, 
     """The victim that a copy was stolen from, or a control is compared with. UserError where that is not known."""
     above = copy.parent.parent / CHECKPOINT  # true also after the folder of all runs was moved
     version, known = checkpoint.get("stolen_from"), checkpoint.get("settings", {}).get("victim")
-    if is_address(known):
-        raise UserError(f"{copy} was stolen from {known}, whose encoder is not here: leave out --fidelity and --victim")
+    if is_address(known):  # its version is the API's: only who has the encoder can say that it was behind the API
+        if not (command.fidelity and command.victim):
+            raise UserError(f"{copy} was stolen from {known}: its owner gives --fidelity --victim PATH, others neither")
+        version = None
     if command.victim:
         path = finding.find(command, "victim", "victim", {})
     elif (version or known) and (above.exists() or isinstance(known, str)):

@@ -143,15 +143,21 @@ def test_over_http_the_copy_is_that_of_a_victim_in_this_process(name, stolen, se
     assert keys.read_text().split()[0] not in (tmp_path / "checkpoints" / made(out)).with_name("config.yml").read_text()
 
 
-def test_the_copy_is_judged_and_compared_with_nobody(stolen, call, refused, service, key, tmp_path):
+def test_only_the_owner_compares_the_copy_with_the_victim(stolen, call, refused, service, key, victim, tmp_path):
     _, out = stolen(steal, "--victim", service.url, "--api-key-file", key, *ATTACK)
     judge = ("--stolen", made(out), "--dataset-test", "mnist", "-n", "40", "--probe-epochs", "2", "--device", "cpu")
     code, out, err = call(linear_eval, *judge)
     assert code == 0, err
     assert "--fidelity" not in out
-    row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
-    assert (row["queries"], row["api_queries"], row["defence"]) == (24, 24, None)
-    assert f"was stolen from {service.url}, whose encoder is not here" in refused(linear_eval, *judge, "--fidelity")
+    for flags in ("--fidelity", f"--victim {victim}"):
+        said = refused(linear_eval, *judge, *flags.split())
+        assert f"was stolen from {service.url}: its owner gives --fidelity --victim PATH, others neither" in said
+    code, _, err = call(linear_eval, *judge, "--fidelity", "--victim", victim, "--independent", "random")
+    assert code == 0, err
+    alone, compared = map(json.loads, (tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()[-2:])
+    assert (alone["queries"], alone["api_queries"], alone["defence"]) == (24, 24, None)
+    assert "l2" not in alone
+    assert compared["l2"] > 0
 
 
 def test_a_user_of_the_api_gets_what_a_user_of_the_victim_gets(call, service, key, victim, tmp_path):
