@@ -68,7 +68,8 @@ class Connection:
             try:
                 status, answered, content = self._once(path, headers, body, most)
             except ssl.SSLCertVerificationError as error:
-                raise UserError(f"{self.url} is not trusted ({error.verify_message}): correct the address") from None
+                why = f"{self.url} is not trusted ({error.verify_message})"
+                raise UserError(f"{why}: correct the address, or name its certificate by SSL_CERT_FILE") from None
             except (OSError, http.client.HTTPException) as error:
                 self._http.close()
                 self.lost = True

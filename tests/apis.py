@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -79,18 +80,24 @@ class Service:
 
 class Relay(ThreadingHTTPServer):
     """Passes requests on to a port, and answers back. `troubles` are functions of the handler by the number of the
-    POST, counted from 1, or 0 for all: each returns whether it has dealt with the request."""
+    POST, counted from 1, or 0 for all: each returns whether it has dealt with the request. With `certificate`, by
+    trustme, it speaks TLS."""
 
     daemon_threads = True
 
-    def __init__(self, port, troubles=None):
+    def __init__(self, port, troubles=None, certificate=None):
         super().__init__(("127.0.0.1", 0), _Relaying)
+        self.scheme = "https" if certificate else "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificate.configure_cert(context)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.upstream, self.troubles, self.posts = port, dict(troubles or {}), 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}"
 
 
 class _Relaying(BaseHTTPRequestHandler):

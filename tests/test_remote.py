@@ -12,6 +12,7 @@ from jobs.early import SAVED
 import numpy as np
 import pytest
 import torch
+import trustme
 
 import detect
 import legitimate
@@ -430,6 +431,25 @@ def test_what_is_no_such_api_is_a_line(other, service, remote):
 def test_an_address_where_no_api_can_be_is_a_line(url, words):
     with pytest.raises(UserError, match=words):
         RemoteVictim(url, ["key"])
+
+
+def test_over_https_a_certificate_has_to_be_trusted(service, key, remote, tmp_path, monkeypatch):
+    """One's own by SSL_CERT_FILE. An unknown one, and http in place of https, is a line, and the key is not sent."""
+    authority, sent = trustme.CA(), []
+    seen = dict.fromkeys(("/v1/model", "/v1/usage"), sent.append)
+    relay = Relay(service.port, seen, authority.issue_cert("127.0.0.1"))
+    with pytest.raises(UserError, match=r"is not trusted .*or name its certificate by SSL_CERT_FILE"):
+        remote(relay.url)
+    for url in (relay.url.replace("https", "http"), service.url.replace("http", "https")):
+        with pytest.raises(UserError, match="cannot be reached"):
+            remote(url)
+    assert not sent
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    found = remote(relay.url).query(IMAGES[:8])
+    assert sent
+    service.add(key, "default")  # the defences remember an account's queries
+    assert torch.equal(found, remote(service.url).query(IMAGES[:8]))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
