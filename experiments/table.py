@@ -12,7 +12,7 @@ table:
     queries: judged.queries                     # STEP.NAME of a figure in the rows of that step
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ NOTE = """\
 [a, b]: 95 % interval; of several victims over their means, of several seeds over these (Student's t), of a single run
 of a share of the test images (exact, binomial). Differences are of runs with the same seeds; of single runs on the same
 test images with their interval for paired shares and McNemar's p, not corrected for the number of lines. n: victims x
-seeds of the attacker, or runs. Bold: the best of its column, where the interval of its difference to the next leaves
-out 0."""
+seeds of the attacker, or runs, of the first figure. Bold: the best of its column, where the interval of its difference
+to the next leaves out 0."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,25 @@ def frames(layout: Layout, results: Results) -> tuple[pd.DataFrame, pd.DataFrame
     words, numbers = [], []
     for index, (point, cells) in enumerate(lines):
         shown, plain = dict(point), dict(point)
-        runs = {entry.estimate.n for entry in cells.values() if entry.estimate}
         for heading, entry in cells.items():
             shown[heading] = f"**{entry}**" if bold[heading] == index else str(entry)
             for name in ("mean", "low", "high", "victims", "runs", "p"):
                 plain[f"{heading} ({name})"] = getattr(entry.estimate, name, None)
-        shown["n"] = max(runs, key=lambda n: (len(n), n), default="0")
+        shown["n"] = _numbers(cells.values())
         words.append(shown)
         numbers.append(plain)
     return pd.DataFrame(words), pd.DataFrame(numbers)
+
+
+def _numbers(entries: Collection[Entry]) -> str:
+    """Victims and runs behind a line's first figure and, where these are of others, behind its first difference."""
+    figure, difference = (
+        next((entry.estimate.n for entry in entries if entry.estimate and entry.column.compares is compares), "")
+        for compares in (False, True)
+    )
+    if not (figure and difference) or figure == difference:
+        return figure or difference or "0"
+    return f"{figure}, differences {difference}"
 
 
 def _best(layout: Layout, results: Results, lines: Sequence, heading: str) -> int | None:

@@ -233,10 +233,13 @@ def test_an_encoder_that_is_judged_beside_several_victims_is_a_single_run(grid):
     for line in lines:
         if line["command"] in here:
             line["rows"] = [{**line["rows"][0], "top1_converged": one["top1_converged"], "right": one["right"]}]
-    found = Results(grid, lines, ["victim_seed", "seed"]).estimate("judged.top1_converged", AT)
+    results = Results(grid, lines, ["victim_seed", "seed"])
+    found = results.estimate("judged.top1_converged", AT)
     low, high = proportion_confint(round(found.mean / 100 * IMAGES), IMAGES, method="beta")
     assert (found.mean, found.low, found.high) == pytest.approx((one["top1_converged"], 100 * low, 100 * high))
     assert found.n == "1"
+    words, _ = frames(Layout(grid), results)
+    assert words["n"][0] == "1, differences 3 x 2"
 
 
 def test_a_copy_is_compared_with_what_has_fewer_seeds(results):
