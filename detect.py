@@ -64,21 +64,22 @@ def main() -> None:
     machine, precision = set_up(command)
     streams, detector = command[Streams], command[Detection]
     path = finding.find(command, "victim", "victim", {})
-    encoder, trained = open_owner(path)
+    encoder, trained = open_owner(command, path)
     run = victims.open_evaluation(command, path, encoder, precision, victim=str(path))
     shown = run.folder / "table.md"
     if run.done():
         print(shown.read_text(), end="")
         return
     encoder = encoder.to(precision.device, memory_format=precision.memory_format)
-    images, labels = load_labelled(streams.dataset, command.data, "test")
-    asked = images, labels, load_others(streams, command.data)
+    images, labels = load_labelled(streams.dataset, command.data, "test", command.size)
+    asked = images, labels, load_others(streams, command.data, command.size)
     *parts, parting = part_images(labels, streams.stream_length, streams.user_classes, machine.seed)
     owner = trained.get("dataset")
     try:
         if not owner:
             raise UserError(f"{path} does not say what it was trained on")
-        classify, said = owner_classifier(streams, owner, encoder, precision, command.data, machine.seed)
+        owned = load_labelled(owner, command.data, "train", command.size)
+        classify, said = owner_classifier(streams, owner, owned, encoder, precision, machine.seed)
     except UserError as error:
         classify, said = None, f"without PRADA, which needs labelled images of the owner's: {error}"
     scores = score_all(streams, detector, encoder, precision, asked, parts, machine.seed, classify)

@@ -83,7 +83,7 @@ def main() -> None:
     if run.done():
         return
     name, defences = command.dataset_test, command.all(Defence)
-    task = {"number": command.num_test, "classes": command.user_classes, "seed": machine.seed}
+    task = {"number": command.num_test, "classes": command.user_classes, "seed": machine.seed, "size": command.size}
     train, test, common = load_user(name, command.dataset, command.data, command.num_queries, **task)
 
     # The defended answers first: what cannot work is refused before anything is written.

@@ -10,7 +10,7 @@ from pathlib import Path
 import jobs.early  # noqa: F401
 
 from attacks import victims
-from data_aug.datasets import Data
+from data_aug.sizes import Data
 from evaluation.downstream import Downstream, Others, instead_of_probe, judge_encoder, load_images, open_others
 from evaluation.encoders import COPIES, LOSSES, SOUGHT, SOUGHT_NAMES, EncoderChoice, open_judged, settle_search
 from evaluation.probes import Probe
@@ -76,6 +76,7 @@ def main() -> None:
     about = {
         **{"downstream": command.dataset_test, "probe": "finetune" if command.finetune else command.probe},
         **{"attacker_labels": losstype == "supcon" and command.modeltype == "stolen", "recipe": command.recipe},
+        "size": command.size,
     }
     more = {
         **{"train_images": len(train[1]), "test_images": len(test[1]), "test_images_queried": queried},

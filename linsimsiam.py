@@ -12,8 +12,8 @@ import jobs.early  # noqa: F401
 
 from attacks import victims
 from attacks.queries import QueryChoice
-from data_aug.datasets import Data
 from data_aug.images import Loading, picture_name
+from data_aug.sizes import Data
 from evaluation.encoders import Sought
 from evaluation.large_scale import LargeChoice, layer_scores, open_labelled, open_large, train_layer
 from evaluation.rows import encoder_row
@@ -43,6 +43,7 @@ def make_parser() -> Parser:
             *("datasetsteal", "losstype", "num_queries", "epochssteal"),
         ),
         choices={"losstype": STEAL_LOSSES},
+        defaults={"size": 224},
         reads={"datasetsteal": picture_name},
         without=("query_order", "query_space", "force"),
     )

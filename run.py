@@ -69,7 +69,7 @@ def make_parser() -> Parser:
         (*OWNERS, Processes),
         kind="victim",
         core=("dataset", "arch", "losstype", "epochs", "seed"),
-        defaults={"epochs": 200},
+        defaults={"epochs": 200, "size": SIZE},
         choices={"losstype": TRAIN_LOSSES},
     )
 
@@ -98,19 +98,19 @@ def main() -> None:
     train, loss = command[Train], command[Loss]
     run = open_run(command, machine.checkpoint_dir, precision)
     wide = command.recipe == "released" and loss.augment == "simclr" and not train.watermark
-    options = {"number": train.num_train, "seed": machine.seed, "wide": wide}
+    options = {"number": train.num_train, "seed": machine.seed, "size": command.size, "wide": wide}
     images, labels, split = load_training(train.dataset, command.data, loss.needs_labels, **options)
     head = ("linear", int(labels.max()) + 1) if command.losstype == "supervised" else ("mlp", train.out_dim)
     with seeded(machine.seed):
         normalize = channel_statistics(images) if train.normalize else None
-        model = build_encoder(train.arch, max(1, head[1]), normalize, head[0])
+        model = build_encoder(train.arch, max(1, head[1]), normalize, head[0], command.size)
         watermark = WatermarkMLP(model.dim) if train.watermark else None
     run.record.images = len(images)
     print(f"victim: {train.arch} on {len(images)} images of {train.dataset} ({split}), {precision}")
     print(command.line())
-    SimCLR(model, loss, command[Recipe], run, watermark).train(Stored(images, SIZE), labels, train.n_views)
+    SimCLR(model, loss, command[Recipe], run, watermark).train(Stored(images, command.size), labels, train.n_views)
     if watermark:
-        test, _ = load_dataset(train.dataset, command.data, "test")
+        test, _ = load_dataset(train.dataset, command.data, "test", command.size)
         print(watermark_line(model, watermark.eval(), test, precision, machine.seed))
     print(f"victim: {relative(run.checkpoint)}")
     victims.say_steal(command, run.folder, model, train.dataset)

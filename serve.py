@@ -14,7 +14,7 @@ from typing import Any
 import jobs.early  # noqa: F401
 
 from attacks.defended import defend
-from data_aug.datasets import SIZE, Data
+from data_aug.sizes import SIZE, Data
 from defenses import DEFENCES, Defence, DefenceChoice, use_defences
 from evaluation.encoders import open_owner
 from jobs.ending import script
@@ -70,14 +70,14 @@ def open_app(words: Sequence[str]) -> Callable[..., Any]:
     _, precision = set_up(command)
     command[Serving].use_threads()
     path = finding.find(command, "victim", "victim", {})
-    encoder, _ = open_owner(path)
+    encoder, _ = open_owner(command, path)
     store, defences, preprocessing = Store(command.database), command.all(Defence), command[Preprocessing]
     for defence in defences:
         defence.secret = int.from_bytes(store.derive("defences")) if command.secret is None else command.secret
     victim = defend(command, path, encoder, precision, None)
     settings = [{name: getattr(one, name) for name in settings_of(one)} for one in (*defences, preprocessing)]
     secrets = [(type(defence).__name__, defence.secret) for defence in defences]
-    reader = Reader(preprocessing, encoder.input_size or SIZE, command[Limits])
+    reader = Reader(preprocessing, command.given.get("size") or encoder.input_size or SIZE, command[Limits])
     card = {
         "input": 2 * [preprocessing.resize or reader.size],
         "dim": victim.dim,

@@ -15,7 +15,7 @@ from attacks import ATTACKS, Attack, Heads, loss_of, use_attack, victims
 from attacks.defended import black_box
 from attacks.queries import QueryChoice
 from attacks.remote import Remote
-from data_aug.datasets import Data
+from data_aug.sizes import Data
 from defenses import DEFENCES, DefenceChoice, use_defences
 from defenses.watermark import check_width, read_watermark, watermark_line
 from evaluation.test_images import load_test
@@ -69,8 +69,8 @@ def build(command: Command, width: int, queried: Tensor) -> tuple[SimCLREncoder,
     copy, normalize = command[victims.Copy], command[victims.CopyInput].normalisation(queried)
     with seeded(command.seed, "copy"):
         if not command[Attack].asks:
-            return build_copy(copy.archstolen, victims.PROJECTION, normalize, head=True), None
-        model = build_copy(copy.archstolen, width, normalize, copy.stolenhead)
+            return build_copy(copy.archstolen, victims.PROJECTION, normalize, True, command.size), None
+        model = build_copy(copy.archstolen, width, normalize, copy.stolenhead, command.size)
         return model, SimSiamHeads(width, command.out_dim) if command[Loss].predictor else None
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         print(f"queries: 0, the copy is trained on {len(images)} images without the victim")
         trainer.train(images, labels)
     if mlp is not None:
-        test, _, _ = load_test(command.dataset, command.data, run.record)
+        test, _, _ = load_test(command.dataset, command.data, run.record, size=command.size)
         print(watermark_line(model, mlp, test, precision, machine.seed))
     print(f"copy: {relative(run.checkpoint)}")
     victims.say_judge(command, run.folder)

@@ -19,7 +19,7 @@ from attacks.defended import black_box
 from attacks.head import LOSSES, Head, build_head_copy, output_of
 from attacks.queries import QueryChoice
 from attacks.remote import Remote
-from data_aug.datasets import Data
+from data_aug.sizes import Data
 from defenses import DEFENCES, DefenceChoice, use_defences
 from jobs.ending import script
 from jobs.machine import Machine, Threads, set_up

@@ -16,7 +16,7 @@ import torch
 from attacks import victims
 from attacks.labels import MODES, Labels, build_classifier_copy, open_classifier
 from attacks.queries import QueryChoice
-from data_aug.datasets import Data
+from data_aug.sizes import Data
 from evaluation.fidelity import classifier_figures
 from evaluation.rows import attack_figures
 from evaluation.test_images import load_test
@@ -91,14 +91,14 @@ def main() -> None:
     if run.done():
         return
     # Before anything is paid for: are there test images that were not queried?
+    chosen = {"number": command.num_test, "size": command.size}
     record.query_digests = digest_tensor(images.tensor)
-    test, labels, queried = load_test(command.dataset_test, command.data, record, number=command.num_test)
+    test, labels, queried = load_test(command.dataset_test, command.data, record, **chosen)
     if len(labels) and int(labels.max()) >= victim.dim:
         raise UserError(
             f"{command.dataset_test} has more classes than the victim's {victim.dim}: give its --dataset-test"
         )
     SimCLR(model, command[Loss], command[Recipe], run).steal(images, victim)
-
     labels = labels.to(precision.device)
     original = torch.cat([classifier(h) for h in represent(opened.encoder, test, precision).split(4096)])
     figures = classifier_figures(represent(model, test, precision, output=model.project), original, labels)

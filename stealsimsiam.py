@@ -12,8 +12,8 @@ from attacks import ADAPTIVE, Attack, Heads, victims
 from attacks.defended import black_box
 from attacks.queries import PictureChoice, QueryChoice, choose_pictures
 from attacks.remote import Remote
-from data_aug.datasets import Data
 from data_aug.images import Loading, picture_name
+from data_aug.sizes import Data
 from defenses import DEFENCES, DefenceChoice, use_defences
 from files.address import asked_elsewhere
 from jobs.ending import script
@@ -43,7 +43,7 @@ def make_parser() -> Parser:
         core=("datasetsteal", "archstolen", "losstype", "num_queries", "epochs", "seed"),
         implied=victims.VICTIM_SETTINGS,
         choices={"losstype": STEAL_LOSSES, "query_order": ("first", "random")},
-        defaults={"dataset": "imagenet", "arch": "resnet50", "losstype": "mse", "num_queries": 50000}
+        defaults={"dataset": "imagenet", "arch": "resnet50", "losstype": "mse", "num_queries": 50000, "size": 224}
         | {"query_order": "random", "temperaturesn": 1000.0, "useaug": True},
         flags={"victim": ("--victim", "--pretrained"), "epochs": ("--epochssteal", "--epochs")},
         reads={"dataset": str, "datasetsteal": picture_name} | dict.fromkeys(("arch", "archstolen"), large_arch_name),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jobs.early  # noqa: F401
 
-from data_aug.datasets import Data
+from data_aug.sizes import Data, settle_size
 from evaluation.candidates import RANKING, Encoders, OwnershipTest, add_control, dataset_of, open_candidates
 from evaluation.ownership import METHODS, measure_all
 from evaluation.verdict import (
@@ -77,6 +77,7 @@ def main() -> None:
     )
     named = {"suspect": list(map(str, suspects)), "independent": list(map(str, independents))}
     candidates = open_candidates(victim, suspects, independents)
+    candidates[0].size = settle_size(command, candidates[0].checkpoint.get("input_size"))
     weights = [version_of(candidate.encoder) for candidate in candidates]
     run = open_run(command, finding.home_of(victim, root), precision, victim=str(victim), weights=weights, **named)
     if run.done(rows=len(suspects)):

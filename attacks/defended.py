@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attacks.victims import Opened
-from data_aug.datasets import load_training
+from data_aug.datasets import SIZE, load_training
 from defenses import Defence
 from loss import TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
@@ -50,7 +50,7 @@ def defend(
     victim = Victim(encoder, budget, command.all(Defence), precision)
     learns = max(victim.defences, key=lambda defence: defence.owner_images, default=None)
     if learns and learns.owner_images:
-        victim.prepare(owner_images(path, command.data, learns.owner_images, learns.secret))
+        victim.prepare(owner_images(path, command.data, learns.owner_images, learns.secret, command.size))
     asked = queries or budget
     for words in (defence.outlook(asked) for defence in victim.defences if asked):
         if words:
@@ -58,8 +58,8 @@ def defend(
     return victim
 
 
-def owner_images(path: Path, root: Path, count: int, seed: int) -> Tensor:
-    """At most `count` of the images that a victim was trained on, drawn by the seed: uint8 (M, 3, H, W).
+def owner_images(path: Path, root: Path, count: int, seed: int, size: int = SIZE) -> Tensor:
+    """At most `count` of the images that a victim was trained on, drawn by the seed: uint8 (M, 3, size, size).
 
     UserError where its checkpoint does not name them, or they are not here.
     """
@@ -69,7 +69,8 @@ def owner_images(path: Path, root: Path, count: int, seed: int) -> Tensor:
         if "dataset" not in settings:
             raise UserError(f"{path} does not name its data set")
         number, drawn = settings.get("num_train"), settings.get("seed", 0)
-        images, _, _ = load_training(settings["dataset"], root, bool(loss and loss.needs_labels), number, drawn)
+        labelled = bool(loss and loss.needs_labels)
+        images, _, _ = load_training(settings["dataset"], root, labelled, number, drawn, size)
     except UserError as error:
         remedy = "give --bucket-cells hyperplanes"  # of all defences only buckets learn
         raise UserError(f"the owner's images, from which a defence learns, are not here ({error}): {remedy}") from None

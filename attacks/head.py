@@ -69,5 +69,5 @@ def build_head_copy(command: Command, queried: Tensor) -> tuple[SimCLREncoder, S
     """The untrained copy, and heads for a loss that compares their outputs."""
     normalize = command[CopyInput].normalisation(queried)
     with seeded(command.seed, "copy"):
-        model = build_copy(command.archstolen, command.out_dim, normalize, head=True)
+        model = build_copy(command.archstolen, command.out_dim, normalize, head=True, input_size=command.size)
         return model, SimSiamHeads(command.out_dim, command.out_dim) if command.all(Loss)[0].predictor else None

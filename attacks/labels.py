@@ -55,7 +55,7 @@ def open_classifier(command: Command, victim: Path, encoder: SimCLREncoder) -> n
         return encoder.backbone.fc
     wanted = {"modeltype": "victim", "dataset_test": command.dataset_test, "probe": "linear", "finetune": False}
     home = finding.home_of(victim, command.checkpoint_dir)
-    preferred = {"recipe": "standard", "seed": command.seed}
+    preferred = {"recipe": "standard", "seed": command.seed, "size": command.size}
     try:
         path = finding.find(command, "classifier", "linear", wanted, home, preferred=preferred)
     except UserError as error:
@@ -74,4 +74,4 @@ def build_classifier_copy(command: Command, classes: int, queried: Tensor) -> Si
     """The untrained copy, with a linear layer on top."""
     with seeded(command.seed, "copy"):
         normalize = command[CopyInput].normalisation(queried)
-        return build_encoder(command.archstolen, classes, normalize, head="linear")
+        return build_encoder(command.archstolen, classes, normalize, "linear", command.size)

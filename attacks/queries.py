@@ -9,11 +9,12 @@ from torch import Tensor
 
 from attacks import Attack
 from data_aug.augment import random_views
-from data_aug.datasets import DATASET_NAMES, SIZE, check_name, load_queries, same_source, unlabelled_split
+from data_aug.datasets import DATASET_NAMES, check_name, load_queries, same_source, unlabelled_split
 from data_aug.images import VIEWS, Stored, Streamed, Views, open_pictures
 from data_aug.recipes import VIEW_RECIPES
+from data_aug.sizes import SIZE, source_size
 from settings import Command, Settings, setting
-from training.record import Record
+from training.record import Record, named_size
 from utils import UserError, generator
 
 
@@ -68,16 +69,18 @@ def choose_queries(
     seed: int = 0,
     everything: bool = False,
     features: Callable[[Tensor], Tensor] | None = None,
-    size: int | None = SIZE,
+    size: int = SIZE,
+    wide: bool = False,
 ) -> tuple[Stored, Tensor, Record]:
     """The attacker's images (N), their labels (N,), and the record of where they are from.
 
     The images come from `data_aug.datasets.load_queries`: `count` of them, in the order chosen. With `everything` they
     are all images, for an attacker who chooses among them. features: uint8 images (M, 3, H, W) -> (M, D), the space of
-    k-centre. size: None for the images' own size; their views have the usual size. UserError for fewer than `count`
+    k-centre. size: side of the images, and of their views. wide: as in `source_size`. UserError for fewer than `count`
     images.
     """
-    images, labels, split = load_queries(choice.datasetsteal, victim_dataset, root, choice.force, size)
+    source = source_size(choice.datasetsteal, size, wide)
+    images, labels, split = load_queries(choice.datasetsteal, victim_dataset, root, choice.force, source)
     if count > len(images):
         raise UserError(
             f"this budget takes {count} images, the {split} split of {choice.datasetsteal} has {len(images)} to query: "
@@ -89,8 +92,8 @@ def choose_queries(
     else:
         indices = query_order(choice.query_order, len(images), count, seed)
     asked = {"dataset": choice.datasetsteal, "split": split, "images": count, "available": len(images)}
-    record = Record(query_set=asked, query_indices=indices)
-    return Stored(images[indices], SIZE), labels[indices], record
+    record = Record(query_set={**asked, **named_size(size)}, query_indices=indices)
+    return Stored(images[indices], size), labels[indices], record
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from attacks import OWN, Attack
 from attacks.elsewhere import Elsewhere, FunctionVictim
 from attacks.queries import QueryChoice, choose_queries
 from attacks.remote import Remote, RemoteVictim, read_keys
-from data_aug.datasets import DATASET_NAMES, channel_statistics, check_name, same_source, source_size
+from data_aug.datasets import DATASET_NAMES, channel_statistics, check_name, same_source
 from data_aug.images import Stored
+from data_aug.sizes import settle_size
 from files.address import Address, asked_elsewhere, read_place
 from loss import TRAIN_LOSSES
 from models import ARCHITECTURES, LARGE, USUAL, SimCLREncoder, arch_name, read_checkpoint
@@ -159,7 +160,7 @@ class Opened:
 def open_elsewhere(command: Command) -> Opened:
     """The victim at an address. Settles that its data set is another than the attacker's, unless --dataset is given.
 
-    Its images have the size that it wants, where a script has --size and the command line has not.
+    Its images have the size that it wants, where the command line has no --size.
     """
     address = command.victim
     if address.startswith("http"):
@@ -174,8 +175,7 @@ def open_elsewhere(command: Command) -> Opened:
     print(f"victim: {address}, {asked.words()}")
     command.suffix = command.given.get("dataset", "")  # of a victim whose file is here the folder above says that
     command.set(dataset=command.suffix or OTHER)
-    if asked.input_size and "size" in command.parser.settings and "size" not in command.given:
-        command.set(size=asked.input_size[1])
+    settle_size(command, asked.input_size and asked.input_size[1])
     name = re.sub(r"[^\w.=+-]", "_", asked.label)[: NAME_BYTES // 2]
     return Opened(command.checkpoint_dir / f"{name}-{asked.version[:8]}", address, asked=asked)
 
@@ -183,7 +183,7 @@ def open_elsewhere(command: Command) -> Opened:
 def open_victim(command: Command, **wanted: Any) -> Opened:
     """The victim that the flags given name.
 
-    Settles the data set, architecture, epochs and loss by the file. `wanted` are further settings of its run.
+    Settles the data set, architecture, epochs, loss and size by the file. `wanted` are further settings of its run.
     UserError when flags and file differ.
     """
     if asked_elsewhere(command) and command.all(Remote):
@@ -191,7 +191,7 @@ def open_victim(command: Command, **wanted: Any) -> Opened:
     flags = {name: setting for name, setting in VICTIM_SETTINGS.items() if name in command.given}
     flags |= {"watermark": "watermark"} if "watermark" in command.given else {}
     wanted = {**{setting: command.given[name] for name, setting in flags.items()}, **wanted}
-    preferred = {"seed": command.given["seed"]} if "seed" in command.given else {}
+    preferred = {name: command.given[name] for name in ("seed", "size") if name in command.given}
     path = find(command, "victim", "victim", wanted, preferred=preferred)
     checkpoint = read_checkpoint(path)
     check_finished(checkpoint, path)
@@ -203,6 +203,7 @@ def open_victim(command: Command, **wanted: Any) -> Opened:
     settled = {name: known[setting] for name, setting in VICTIM_SETTINGS.items() if setting in known}
     unknown = {name: command.given.get(name) for name in ("epochstrain", "lossvictim")}
     command.set(**{**unknown, **settled, "arch": encoder.arch})
+    settle_size(command, checkpoint.get("input_size"))
     return Opened(home_of(path, command.checkpoint_dir), path, checkpoint, encoder)
 
 
@@ -237,8 +238,8 @@ def choose(
 
     choice, attacks = command[QueryChoice], command.all(Attack)
     only_views = any(attack.sends_views and not attack.useaug for attack in attacks)
-    size = source_size(choice.datasetsteal, only_views and command[Recipe].recipe == "released")
-    return choose_queries(choice, command.dataset, command.data, count, command.seed, everything, features, size)
+    how = {"size": command.size, "wide": only_views and command[Recipe].recipe == "released"}
+    return choose_queries(choice, command.dataset, command.data, count, command.seed, everything, features, **how)
 
 
 def open_evaluation(command: Command, path: Path, encoder: SimCLREncoder, precision: Precision, **more: Any) -> Run:

@@ -21,11 +21,11 @@ from torch import Tensor
 from data_aug.arrays import load_npz, to_images
 from data_aug.folders import load_folder, resize
 from data_aug.shapes import make_shapes, make_textures
+from data_aug.sizes import SIZE, Data, source_size
 from files.writing import atomic_path
-from settings import Parser, Settings, setting
+from settings import Parser
 from utils import UserError, first_process, generator
 
-SIZE = 32  # images are SIZE x SIZE pixels unless another size is asked for
 HELD_OUT = 1000  # test images, or half where there are no more, that an attacker of the victim's data set doesn't get
 DOWNLOAD_TIMEOUT = 30  # seconds of silence after which a data host counts as unreachable
 
@@ -110,14 +110,6 @@ DATASET_NAMES = f"{', '.join(DATASETS)}, folder:PATH or npz:PATH"  # for help an
 _ALIASES = {"fmnist": "fashionmnist"}  # of the 2022 command lines
 
 
-@dataclass(frozen=True)
-class Data(Settings):
-    """Where data sets are stored."""
-
-    data: Path = setting(Path("datasets"), "data root", flags=("-data", "--data"), named=False)
-    title = "data"
-
-
 def check_name(name: str, *more: str) -> str:
     """The name of a data set, or one of `more`, as `canonical_name` spells it. UserError with the names for another."""
     name = canonical_name(name)
@@ -189,23 +181,29 @@ def load_dataset(
 
 
 def load_training(
-    name: str, root: str | Path, labelled: bool, number: int | None = None, seed: int = 0, wide: bool = False
+    name: str,
+    root: str | Path,
+    labelled: bool,
+    number: int | None = None,
+    seed: int = 0,
+    size: int = SIZE,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, str]:
     """As `load_dataset`: what an encoder is trained on, by labels or without, and the split that it is of.
 
     number: a class-balanced subset of so many images, by the seed. wide: as in `source_size`.
     """
     split = "train" if labelled else unlabelled_split(name)
-    images, labels = load_dataset(name, root, split, source_size(name, wide))
+    images, labels = load_dataset(name, root, split, source_size(name, size, wide))
     if number:
         chosen = take_balanced(labels, number, seed)
         images, labels = images[chosen], labels[chosen]
     return images, labels, split
 
 
-def load_labelled(name: str, root: str | Path, split: str) -> tuple[Tensor, Tensor]:
+def load_labelled(name: str, root: str | Path, split: str, size: int = SIZE) -> tuple[Tensor, Tensor]:
     """As `load_dataset`. UserError when an image has no label."""
-    images, labels = load_dataset(name, root, split)
+    images, labels = load_dataset(name, root, split, size)
     check_labelled(labels, name, split)
     return images, labels
 
@@ -224,11 +222,6 @@ def check_labelled(labels: Tensor, name: str, split: str) -> None:
 def held_out(count: int) -> int:
     """How many of `count` test images, the last, are kept from an attacker who queries the victim's data set."""
     return HELD_OUT if count > HELD_OUT else (count + 1) // 2
-
-
-def source_size(name: str, wide: bool) -> int | None:
-    """The size in which images are loaded: SIZE or, where random views are cut from them as in 2022, STL-10's own."""
-    return None if wide and name == "stl10" else SIZE
 
 
 def load_queries(
@@ -295,12 +288,12 @@ FORMS = {"folder": load_folder, "npz": load_npz}  # of users' data, <form>:PATH
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def export(name: str, root: Path) -> Path:
+def export(name: str, root: Path, size: int = SIZE) -> Path:
     """Write `<root>/<name>.npz` with arrays x_train, y_train, x_test, y_test (for STL-10 also those of `unlabeled`)."""
     name, arrays = check_name(name), {}
     splits = DATASETS[name].splits if isinstance(DATASETS.get(name), _Published) else ("train", "test")
     for split in splits:
-        images, labels = load_dataset(name, root, split)
+        images, labels = load_dataset(name, root, split, size)
         arrays[f"x_{split}"], arrays[f"y_{split}"] = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
     form, _, source = canonical_name(name).partition(":")
     if source:  # two paths never have one name
@@ -318,7 +311,7 @@ def main() -> None:
     parser = Parser("Write a data set as an npz file, for machines without internet.", [Data])
     parser.add_argument("--export", required=True, metavar="NAME", help=f"data set to write: {DATASET_NAMES}")
     arguments = parser.parse_args(sys.argv[1:])
-    print(export(arguments.export, arguments.data))
+    print(export(arguments.export, arguments.data, arguments.size or SIZE))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _FORMATS += ("PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 MOST_PIXELS = 89_478_485  # of a picture; where PIL warns of a decompression bomb
 CHUNK_VALUES = 2**24  # that are resized at a time
+WORTH_ASKING = 2**28  # bytes of images, for which it is asked how much memory is free
 _ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 _TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # in capitals or not
 
@@ -36,9 +37,14 @@ def load_folder(folder: Path, split: str, size: int | None) -> tuple[Tensor, Ten
     if size is None:
         raise ValueError(f"the images in {folder} have no size in common: data_aug.images reads them one by one")
     place, names, labels = folder_files(folder, split)
+    images = _empty(len(names), size)
+
+    def read(position: int) -> None:
+        images[position] = _read_square(place / names[position], size)
+
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        images = list(pool.map(lambda name: _read_square(place / name, size), names))
-    return torch.stack(images), labels
+        list(pool.map(read, range(len(names))))
+    return images, labels
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -236,9 +242,30 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     """Images uint8 (N, 3, H, W) resized to size x size with antialiasing; as they are where `size` is None."""
     if size is None or images.shape[-2:] == (size, size):
         return images
-    resized = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    resized = _empty(len(images), size)
     step = max(1, CHUNK_VALUES // images[0].numel())
     for part, target in zip(images.split(step), resized.split(step), strict=True):
         views = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
         target.copy_(views.round_().clamp_(0, 255))
     return resized
+
+
+def _empty(count: int, size: int) -> Tensor:
+    """Room for uint8 images (count, 3, size, size). UserError where they would take over half of the free memory."""
+    wanted = 3 * count * size**2
+    free = free_memory() if wanted > WORTH_ASKING else None
+    if free is not None and wanted > free / 2:
+        raise UserError(
+            f"{count:,} images of {size} x {size} pixels take {wanted / 2**30:.1f} GiB, more than half of the "
+            f"{free / 2**30:.1f} GiB of free memory: give a smaller --size or fewer images, or use stealsimsiam.py and "
+            f"linsimsiam.py, which read images when they need them"
+        )
+    return torch.empty(count, 3, size, size, dtype=torch.uint8)
+
+
+def free_memory() -> int | None:
+    """Bytes that programs can have without swapping, as Linux estimates it; None elsewhere."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None

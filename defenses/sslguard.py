@@ -203,7 +203,7 @@ def mark_cosines(encoder: SimCLREncoder, mark: Mark, images: Tensor, precision: 
     if images.shape[1:] != mark.mask.shape:
         ours, theirs = (" x ".join(map(str, shape[-2:])) for shape in (mark.mask.shape, images.shape))
         raise UserError(
-            f"the trigger is for images of {ours} pixels, these are of {theirs}: give the victim's --dataset"
+            f"the trigger is for images of {ours} pixels, these are of {theirs}: give the victim's --dataset and --size"
         )
     encoder, mark = encoder.to(precision.device).eval(), mark.to(precision.device)
     read = []

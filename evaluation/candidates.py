@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attacks import victims
 from data_aug.datasets import DATASETS, canonical_name, check_name, load_training
+from data_aug.sizes import SIZE
 from defenses.dataset_inference import Mixture, published_mixture
 from evaluation.alignment import Aligned, Alignment
 from evaluation.fidelity import untrained_like
@@ -137,6 +138,7 @@ class OwnershipTest(Settings):
 class Candidate:
     """An encoder under test. `kind`: victim, suspect, independent or untrained; the tests fill in the rest.
 
+    size: of a victim, the side of the images on which all encoders are tested.
     found: whether it was found to be stolen, None where the method cannot decide. doubt: why the method cannot decide
     on this encoder, in words; empty where it can.
     """
@@ -150,6 +152,7 @@ class Candidate:
     found: bool | None = None
     verdict: str = ""
     doubt: str = ""
+    size: int = SIZE
 
     @property
     def settings(self) -> dict:
@@ -215,9 +218,12 @@ def dataset_of(test: OwnershipTest, victim: Candidate) -> str:
 
 
 def unseen_images(test: OwnershipTest, dataset: str, root: Path, candidates: Sequence[Candidate]) -> Tensor:
-    """Test images uint8 (N, 3, H, W) that no attacker is known to have queried: the same for all encoders."""
+    """Test images uint8 (N, 3, H, W) that no attacker is known to have queried: the same for all encoders.
+
+    The first of the candidates is the victim.
+    """
     records = [Record.of(candidate.checkpoint) for candidate in candidates]
-    images, _, left_out = load_test(dataset, root, *records, number=test.num_test)
+    images, _, left_out = load_test(dataset, root, *records, number=test.num_test, size=candidates[0].size)
     if left_out:
         print(f"{left_out} test images of {dataset} were queried, and are left out")
     if len(images) < 2:
@@ -237,7 +243,7 @@ def training_data(dataset: str, root: Path, victim: Candidate) -> tuple[Tensor, 
     settings = checked(victim.settings, fields, f"{victim.path}: settings")
     loss = TRAIN_LOSSES.get(settings.get("losstype"))
     labelled = bool(loss and loss.needs_labels)
-    return load_training(dataset, root, labelled, settings.get("num_train"), settings.get("seed", 0))[:2]
+    return load_training(dataset, root, labelled, settings.get("num_train"), settings.get("seed", 0), victim.size)[:2]
 
 
 def represent_by(candidate: Candidate, images: Tensor, precision: Precision) -> Tensor:

@@ -105,7 +105,7 @@ def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labe
     chosen: Downstream = command[Downstream]
     name = chosen.dataset_test
     check_apart(name, str(checkpoint.get("settings", {}).get("dataset", name)), root)
-    images, labels = load_labelled(name, root, "train")
+    images, labels = load_labelled(name, root, "train", command.size)
     if command.recipe == "released":
         images, labels = images[: chosen.num_labeled], labels[: chosen.num_labeled]
     elif chosen.num_labeled < len(labels):
@@ -117,7 +117,8 @@ def load_images(command: Command, root: Path, checkpoint: Mapping) -> tuple[Labe
     silent = command.modeltype == "stolen" and record.query_set is None
     silent &= canonical_name(command.given.get("dataset", name), root) == canonical_name(name, root)
     last_thousand = silent or (command.recipe == "released" and name != "stl10")
-    *test, left_out = load_test(name, root, record, number=chosen.num_test, last_thousand=last_thousand)
+    tested = {"number": chosen.num_test, "last_thousand": last_thousand, "size": command.size}
+    *test, left_out = load_test(name, root, record, **tested)
     if silent and chosen.num_test is None:
         print(f"the file does not say what was queried: tested on the last {len(test[1])} test images (--num-test)")
     return (images, labels), tuple(test), left_out

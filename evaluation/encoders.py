@@ -8,6 +8,7 @@ from typing import Any
 
 from attacks import ATTACKS, Attack, victims
 from attacks.queries import QueryChoice
+from data_aug.sizes import settle_size
 from defenses import DEFENCES, DefenceChoice, resolve_defences
 from files.address import is_address
 from loss import LABEL_LOSSES, STEAL_LOSSES, TRAIN_LOSSES
@@ -107,20 +108,21 @@ Opened = tuple[Path, dict, SimCLREncoder]  # an encoder's file, its content, and
 
 
 def open_judged(command: Command) -> Opened | tuple[None, dict, SimCLREncoder]:
-    """The encoder to judge; no file for a random encoder.
+    """The encoder to judge; no file for a random encoder. Settles the size of images by it.
 
     UserError when no encoder or several encoders fit the flags given, or the file contradicts them.
     """
     kind = command.modeltype
     if kind == "random":
         with seeded(command.seed):
-            return None, {}, build_encoder(command.arch)
+            return None, {}, build_encoder(command.arch, input_size=settle_size(command))
     decide = (SOUGHT_NAMES | {"arch"}) - {"victim", "stolen", "head", "entropy"}
     named = {name: _RENAMED[kind].get(name, name) for name in command.given if name in decide}
     root = None
     if kind == "stolen" and command.victim and not command.stolen:
         root = finding.home_of(finding.find(command, "victim", "victim", {}), command.checkpoint_dir)
     path, checkpoint, encoder = open_found(command, kind, kind, named, root, command.given.get("arch"))
+    settle_size(command, checkpoint.get("input_size"))
     if kind == "stolen" and command.victim and command.stolen and not command.fidelity:
         victim_of(command, path, checkpoint)  # is it this copy's?
     return path, checkpoint, encoder
@@ -134,7 +136,7 @@ def open_found(
     named: those flags, with the setting of the run that each refers to. UserError where the file contradicts them.
     """
     wanted = {of_run: command.given[name] for name, of_run in named.items()}
-    preferred = {name: command.given[name] for name in ("seed", "recipe") if name in command.given}
+    preferred = {name: command.given[name] for name in ("seed", "recipe", "size") if name in command.given}
     path = finding.find(command, flag, kind, wanted, root, preferred=preferred)
     checkpoint = _read_finished(path)
     if flag == "victim":
@@ -151,10 +153,14 @@ def open_found(
     return path, checkpoint, victims.encoder_of(checkpoint, path, arch)
 
 
-def open_owner(path: Path) -> tuple[SimCLREncoder, dict]:
-    """A victim's encoder and its training settings. UserError for a copy or an unfinished victim."""
+def open_owner(command: Command, path: Path) -> tuple[SimCLREncoder, dict]:
+    """A victim's encoder and its training settings. UserError for a copy or an unfinished victim.
+
+    Settles the size of images by its file.
+    """
     checkpoint = _read_finished(path)
     _refuse_copy(checkpoint, path)
+    settle_size(command, checkpoint.get("input_size"))
     return victims.encoder_of(checkpoint, path), checkpoint.get("settings", {})
 
 
@@ -200,7 +206,7 @@ def independent_of(command: Command, victim: Path, encoder: SimCLREncoder) -> tu
         if encoder.arch not in ARCHITECTURES:
             raise UserError(f"{victim} is a {encoder.arch}, which cannot be built here: give --independent PATH")
         with seeded(command.seed, "independent"):
-            return "random", build_encoder(encoder.arch)
+            return "random", build_encoder(encoder.arch, input_size=encoder.input_size)
     settings = {"arch": encoder.arch, **read_checkpoint(victim).get("settings", {})}
     there = finding.runs_below(command.checkpoint_dir, "victim")
     path = finding.find(

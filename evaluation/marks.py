@@ -64,7 +64,8 @@ def mark_victim(command: Command, precision: Precision) -> None:
         raise UserError(f"{path} was trained on images chosen by seed {known['seed']}: give --seed {known['seed']}")
     loss = TRAIN_LOSSES.get(command.losstype)
     labelled = loss is not None and loss.needs_labels
-    images, _, split = load_training(command.dataset, command.data, labelled, command.num_train, command.seed)
+    chosen = {"number": command.num_train, "seed": command.seed, "size": command.size}
+    images, _, split = load_training(command.dataset, command.data, labelled, **chosen)
     run, mark = _open(command, path, clean, images, precision)
     run.record.images = len(images)
     amount = f"{len(images)} images of {command.dataset} ({split})"
@@ -75,7 +76,7 @@ def mark_victim(command: Command, precision: Precision) -> None:
     # A rotation watermark is read by the clean victim's MLP.
     trainer.kept = {name: checkpoint[name] for name in (WatermarkMLP.checkpoint_key, EARLIER_KEY) if name in checkpoint}
     trainer.mark(Stored(images), clean)
-    test, _ = load_dataset(command.dataset, command.data, "test")
+    test, _ = load_dataset(command.dataset, command.data, "test", command.size)
     print(mark_line(model, mark.eval(), test, precision))
     print(f"victim: {relative(run.checkpoint)}")
     victims.say_steal(command, run.folder, clean, command.dataset)

@@ -13,6 +13,7 @@ from attacks.adaptive import ask_within
 from attacks.queries import queries_sent
 from data_aug.datasets import DATASET_NAMES, check_name, load_dataset
 from data_aug.images import Images, Stored
+from data_aug.sizes import SIZE
 from models import ARCHITECTURES, SimCLREncoder, build_copy
 from settings import Settings, setting
 from training.represent import represent
@@ -62,11 +63,11 @@ class Streams(Settings):
 # ---- who sends which images ------------------------------------------------------------------------------------------
 
 
-def load_others(streams: Streams, root: Path) -> Tensor | None:
-    """Images (N, 3, H, W) for users of another data set; None without such users. UserError where they are too few."""
+def load_others(streams: Streams, root: Path, size: int = SIZE) -> Tensor | None:
+    """Images (N, 3, size, size) for users of another data set, None without such users. UserError for too few."""
     if not streams.dataset_users:
         return None
-    images, _ = load_dataset(streams.dataset_users, root, "test")
+    images, _ = load_dataset(streams.dataset_users, root, "test", size)
     if len(images) < streams.stream_length:
         raise UserError(
             f"the test split of {streams.dataset_users} has {len(images)} images and a user sends no image twice: "
@@ -191,7 +192,8 @@ def attackers_streams(
 def untrained_features(encoder: SimCLREncoder, precision: Precision, images: Tensor, seed: int) -> Tensor:
     """Features (N, F) of an attacker's untrained copy, on the CPU."""
     with seeded(seed):
-        copy = build_copy(encoder.arch if encoder.arch in ARCHITECTURES else "resnet18", encoder.dim)
+        arch = encoder.arch if encoder.arch in ARCHITECTURES else "resnet18"
+        copy = build_copy(arch, encoder.dim, input_size=images.shape[-1])
     return represent(copy.to(precision.device), images, precision).cpu()
 
 

@@ -8,34 +8,43 @@ from torch import Tensor
 
 from data_aug.datasets import canonical_name, held_out, load_labelled
 from data_aug.images import Pictures
+from data_aug.sizes import SIZE
 from training.record import Record
 from utils import UserError
 from victim import image_digests
 
 
 def load_test(
-    name: str, root: str | Path, *records: Record, number: int | None = None, last_thousand: bool = False
+    name: str,
+    root: str | Path,
+    *records: Record,
+    number: int | None = None,
+    last_thousand: bool = False,
+    size: int = SIZE,
 ) -> tuple[Tensor, Tensor, int]:
-    """Test images uint8 (N, 3, H, W), their labels (N,), and how many images were left out, because they were queried.
+    """Test images uint8 (N, 3, size, size), their labels (N,), and how many were left out, because they were queried.
 
     records: what the copies under test queried. The images are the last `number`; by default all, or those that
     `held_out` keeps, where others of this split were queried (or with `last_thousand`). An image that equals a queried
-    one is left out. UserError where none is left, or where `number` reaches back to images of this split that were
-    queried.
+    one, both in the size that was queried, is left out. UserError where none is left, or where `number` reaches back to
+    images of this split that were queried.
     """
-    images, labels = load_labelled(name, root, "test")
-    count = len(images)
+    images, labels = load_labelled(name, root, "test", size)
+    count, sizes = len(images), {record.size for record in records if record.query_digests is not None}
+    seen = {side: images if side == size else load_labelled(name, root, "test", side)[0] for side in sizes}
     of_this_split = [record for record in records if _queried_of(record, name, "test", Path(root))]
     if number is None:
         last = held_out(count) if of_this_split or last_thousand else count
     elif number <= count:
         last = number
         for record in of_this_split:
-            _check_reach(images, record, number)
+            _check_reach(seen.get(record.size, images), record, number)
     else:
         raise UserError(f"--num-test {number}: the test split of {name} has {count} images")
     images, labels = images[-last:], labels[-last:]
-    fresh = ~are_queried(images, *(record.query_digests for record in records))
+    fresh = torch.ones(last, dtype=torch.bool)
+    for side, sent in seen.items():
+        fresh &= ~are_queried(sent[-last:], *(record.query_digests for record in records if record.size == side))
     if not fresh.any():
         raise UserError(f"all {last} test images of {name} were queried: test on another data set")
     return images[fresh], labels[fresh], last - int(fresh.sum())

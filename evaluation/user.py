@@ -11,12 +11,13 @@ from attacks.client import Client
 from attacks.elsewhere import Elsewhere
 from data_aug.datasets import check_labelled, load_labelled, load_queries, same_source
 from data_aug.images import Stored
+from data_aug.sizes import SIZE
 from evaluation.probes import Labelled, logistic_regression, mlp_probe
 from evaluation.rows import packed, unpacked
 from evaluation.statistics import mcnemar, paired_interval
 from evaluation.test_images import load_test
 from settings import Settings, setting
-from training.record import Record
+from training.record import Record, named_size
 from training.run import Run
 from utils import Precision, UserError, generator
 from victim import AnyVictim, digest_tensor
@@ -43,17 +44,18 @@ def load_user(
     number: int | None = None,
     classes: int | None = None,
     seed: int = 0,
+    size: int = SIZE,
 ) -> tuple[Labelled, Labelled, int]:
     """The user's `count` labelled training images, the test images, and how many were left out as training images too.
 
-    number: how many test images. classes: the user has a narrow task, whose classes the seed draws; all images are of
-    these. UserError where the data set `name` has fewer images, or images without labels.
+    number: how many test images. size: side of the images. classes: the user has a narrow task, whose classes the seed
+    draws; all images are of these. UserError where the data set `name` has fewer images, or images without labels.
     """
     if same_source(name, victim_dataset, root):  # the victim was trained on the others
-        images, labels, split = load_queries(name, victim_dataset, root)
+        images, labels, split = load_queries(name, victim_dataset, root, size=size)
         check_labelled(labels, name, split)
     else:
-        images, labels, split = *load_labelled(name, root, "train"), "train"
+        images, labels, split = *load_labelled(name, root, "train", size), "train"
     task = None if classes is None else _draw_task(labels, classes, name, seed)
     chosen = torch.arange(len(labels)) if task is None else torch.isin(labels, task).nonzero()[:, 0]
     if count > len(chosen):
@@ -61,9 +63,9 @@ def load_user(
         raise UserError(f"the {split} split of {name} has {len(chosen)} images{narrow} for a user: lower --num_queries")
     chosen = chosen[:count]
     train = images[chosen], labels[chosen]
-    asked = {"dataset": name, "split": split}
+    asked = {"dataset": name, "split": split, **named_size(size)}
     record = Record(query_set=asked, query_indices=chosen, query_digests=digest_tensor(train[0]))
-    *test, left_out = load_test(name, root, record, number=None if classes else number)
+    *test, left_out = load_test(name, root, record, number=None if classes else number, size=size)
     if task is None:
         return train, tuple(test), left_out
     return (train[0], torch.searchsorted(task, train[1])), _test_of_task(*test, task, number), left_out

@@ -4,15 +4,14 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_aug.datasets import load_labelled, take_balanced
+from data_aug.datasets import take_balanced
 from defenses.detection import Detection
 from defenses.prada import ENOUGH, prada
-from evaluation.probes import logistic_regression
+from evaluation.probes import Labelled, logistic_regression
 from evaluation.statistics import auc_interval, rate_interval, roc
 from evaluation.streams import ATTACKERS, Sent, Streams, attackers_streams, users_streams
 from models import SimCLREncoder
@@ -27,14 +26,13 @@ Classify = Callable[[Tensor], Tensor]  # representations (N, D) -> classes (N,)
 
 
 def owner_classifier(
-    streams: Streams, owner: str, encoder: SimCLREncoder, precision: Precision, root: Path, seed: int
+    streams: Streams, owner: str, owned: Labelled, encoder: SimCLREncoder, precision: Precision, seed: int
 ) -> tuple[Classify, str]:
     """The owner's own classifier, by which PRADA groups queries, and a line about it.
 
-    Logistic regression on representations of the owner's labelled images, those of the `train` split of the data set
-    `owner`. UserError where they are not at hand.
+    Logistic regression on representations of the owner's labelled images `owned`, of the data set `owner`.
     """
-    images, labels = load_labelled(owner, root, "train")
+    images, labels = owned
     chosen = take_balanced(labels, min(streams.classifier_images, len(labels)), seed)
     train = represent(encoder, images[chosen], precision), labels[chosen].to(precision.device)
     linear = logistic_regression(train, train, seed)

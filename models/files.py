@@ -52,10 +52,11 @@ def _account(value: Any) -> str | None:
 
 def _query_set(value: Any) -> str | None:
     """The check of what was queried: a split has its data set's name beside it."""
-    if not isinstance(value, dict) or "split" not in value:
+    if not isinstance(value, dict):
         return table()(value)
-    available = {"available": _COUNT} if "available" in value else {}
-    return record(dataset=text(), split=text(), **available)(value)
+    named = {"dataset": text(), "split": text()} if "split" in value else {}
+    more = {name: check for name, check in {"available": _COUNT, "size": _SIDE}.items() if name in value}
+    return record(**named, **more)(value)
 
 
 def _seen(value: Any) -> str | None:
@@ -72,6 +73,7 @@ def _mark(value: Any) -> str | None:
 
 
 _COUNT = number(whole=True, at_least=0)
+_SIDE = number(whole=True, at_least=1, at_most=LARGEST_SIDE)
 # What a checkpoint may say of where the model comes from (training/record.py).
 RECORDED = {
     "images": _COUNT,
@@ -91,7 +93,7 @@ FIELDS = {
     "epoch": _COUNT,
     "arch": optional(text()),
     "normalize": optional(normalisation),
-    "input_size": optional(number(whole=True, at_least=1, at_most=LARGEST_SIDE)),
+    "input_size": optional(_SIDE),
     "kind": text(),
     "settings": table(),
     "row": table(),

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from attacks import victims
-from data_aug.datasets import DATASET_NAMES, Data, check_name, load_dataset
+from data_aug.datasets import DATASET_NAMES, check_name, load_dataset
 from data_aug.images import Stored
+from data_aug.sizes import SIZE, Data
+from files.reading import checked
 from files.writing import save_checkpoint
 from loss import STEAL_LOSSES, TRAIN_LOSSES
 from models import SimCLREncoder, build_copy, projection_head, read_checkpoint
+from models.files import FIELDS
 from settings import Parser, Settings, setting
 from simclr import SimCLR
 from training import finding
@@ -114,7 +117,7 @@ def fine_tuned(copy: SimCLREncoder, thief: Thief) -> SimCLREncoder:
 def distilled(copy: SimCLREncoder, thief: Thief) -> SimCLREncoder:
     """A copy of the copy, of the same architecture, by the squared error on the thief's images: DISTILLING."""
     with seeded(thief.seed, "disguise distilled"):
-        student = build_copy(copy.arch, copy.dim, copy.normalize)
+        student = build_copy(copy.arch, copy.dim, copy.normalize, input_size=copy.input_size)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SimCLR(student, STEAL_LOSSES["mse"], DISTILLING, Run(Path(folder), thief.precision))
         trainer.steal(Stored(thief.images), Victim(copy, precision=thief.precision))
@@ -175,11 +178,13 @@ def main() -> None:
     data, disguising = command.use(Data), command.use(Disguising)
     if not disguising.copy:
         raise UserError("no copy to hide: give --copy PATH, one or several")
-    images = load_dataset(disguising.dataset, data.data, "train")[0][: disguising.number]
-    thief = Thief(images, Precision.choose("auto", choose_device(disguising.device)), disguising.seed)
+    precision = Precision.choose("auto", choose_device(disguising.device))
     disguising.out.mkdir(parents=True, exist_ok=True)
     for path in disguising.copy:
         found = finding.locate(path, Path("checkpoints"))
+        said = checked(read_checkpoint(found), {"input_size": FIELDS["input_size"]}, str(found)).get("input_size")
+        images, _ = load_dataset(disguising.dataset, data.data, "train", data.size or said or SIZE)
+        thief = Thief(images[: disguising.number], precision, disguising.seed)
         for written in hide(found, disguising.out, thief, finding.named(found).name.removesuffix(".pth.tar")):
             print(written)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from attacks import victims
 from data_aug.datasets import same_source
+from data_aug.sizes import settle_size
 from defenses.dataset_inference import under_determined
 from evaluation.candidates import (
     RANKING,
@@ -102,6 +103,7 @@ def rank_suspects(command: Command, victim_path: Path, precision: Precision, roo
     suspects = find_suspects(ranking.suspects, root)
     truth = read_truth(ranking.truth, suspects) if ranking.truth else {}
     victim = _open("victim", victim_path)
+    victim.size = settle_size(command, victim.checkpoint.get("input_size"))
     names = available_scores(victim, ranking.scores)
     independents = [Suspect(str(path), finding.locate(path, root)) for path in command.independent or ()]
     look_at(suspects)

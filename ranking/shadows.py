@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_aug.datasets import SIZE, channel_statistics
+from data_aug.datasets import channel_statistics
 from data_aug.images import Stored
 from evaluation.candidates import Candidate
 from files.reading import checked, number, switch
@@ -54,7 +54,7 @@ def train_shadows(
         print(f"shadow {len(paths) + 1} of {count}: seed {seed}, {len(images)} of the victim's images")
         run.record.images = len(images)
         model = _untrained(victim, images, labels, loss, known, seed)
-        SimCLR(model, loss, recipe, run).train(Stored(images, SIZE), labels, known.get("n_views", loss.min_views))
+        SimCLR(model, loss, recipe, run).train(Stored(images), labels, known.get("n_views", loss.min_views))
         paths.append(run.checkpoint)
     return paths
 
@@ -94,4 +94,4 @@ def _untrained(victim: Candidate, images: Tensor, labels: Tensor, loss: Loss, kn
     head = ("linear", int(labels.max()) + 1) if supervised else ("mlp", known.get("out_dim", 128))
     with seeded(seed):
         normalize = channel_statistics(images) if known.get("normalize") else None
-        return build_encoder(victim.encoder.arch, max(1, head[1]), normalize, head[0])
+        return build_encoder(victim.encoder.arch, max(1, head[1]), normalize, head[0], victim.encoder.input_size)

@@ -33,7 +33,7 @@ LARGE_SGD = {
     "schedule": (("--epochs", "3", "--flat-epochs", "1"), "constant"),
     **{"optimizer": "adam", "flat_epochs": (("--epochs", "2"), "2")},
     **{"lr": "0.5", "momentum": (("--epochs", "2"), "0.1"), "weight_decay": "0.1", "lars": None},
-    **{"epochs": "2", "start_epoch": (("--epochs", "2"), "1"), "batch_size": "4", "size": "48"},
+    **{"epochs": "2", "start_epoch": (("--epochs", "2"), "1"), "batch_size": "4"},
 }
 HEADED = ("--pretrained", "headed.pth.tar")
 STOLEN_LARGE = ("--modeltype", "stolen")
@@ -48,7 +48,7 @@ ELSEWHERE |= {"api_key_file", "max_wait"}
 ELSEWHERE |= {"world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"}
 
 # For each flag a command line and what is added to it; where a flag is about another, a base of its own.
-MACHINE = {"precision": (("--precision", "fp32"), "bf16"), "seed": "1"}
+MACHINE = {"precision": (("--precision", "fp32"), "bf16"), "seed": "1", "size": "48"}
 SCHEDULE = (("--epochs", "3", "--flat-epochs", "1"), "constant")
 OPTIMISER = {"lr": "0.1", "weight_decay": "0.1", "optimizer": "sgd", "epochs": "2", "batch_size": "4"}
 OPTIMISER |= {"schedule": SCHEDULE}

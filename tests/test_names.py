@@ -29,6 +29,10 @@ NAMES = [
         "--losstype supcon --out_dim 64 --precision fp32 --recipe released",
         "victim-cifar10-resnet34-supcon-200ep-seed0-outdim=64-precision=fp32-recipe=released",
     ),
+    ("run", "--dataset stl10 --size 96", "victim-stl10-resnet34-infonce-200ep-seed0-size=96"),
+    ("run", "--dataset cifar10 --size 32", "victim-cifar10-resnet34-infonce-200ep-seed0"),
+    ("steal", "--losstype mse --size 64", "stolen-cifar10-resnet34-mse-9000q-100ep-seed0-size=64"),
+    ("linear_eval", "--modeltype random --size 64", "linear-cifar10-seed0-size=64"),
     ("run", "--preset 2022 --dataset cifar10", "victim-cifar10-resnet34-infonce-200ep-seed0"),
     ("run", "--preset modern", "victim-cifar10-resnet34-infonce-200ep-seed0-preset=modern"),
     (

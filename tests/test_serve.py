@@ -505,6 +505,17 @@ def test_the_command_opens_what_its_flags_say(victim_file, images, tmp_path, mon
         serve.open_app([*words, "--crop", "30"])
 
 
+def test_an_api_takes_the_size_that_its_victims_file_says_or_the_command(victim_file, tmp_path):
+    torch.save({**torch.load(victim_file), "input_size": 48}, victim_file)
+    for more, side in (((), 48), (("--size", "64"), 64), (("--resize", "80"), 80)):
+        database = tmp_path / f"{side}.sqlite"
+        key = Store(database).add("alice", {})
+        words = ["--victim", str(victim_file), "--database", str(database), "--device", "cpu", *more]
+        with serving_app(serve.open_app(words), {"alice": key}) as server:
+            assert json.loads(server.ask("GET", "/v1/model")[2])["input"] == [side, side]
+            assert server.query(torch.zeros(2, 3, side, side, dtype=torch.uint8)).shape == (2, 256)
+
+
 DEFENDED = ("--defence", "buckets,transform,noise", "--bucket-bits", "4", "--bucket-beta", "20", "--secret", "7")
 
 

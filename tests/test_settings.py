@@ -170,7 +170,7 @@ def test_both_spellings_of_every_flag_work(module):
         for flag in (declared.flag, *declared.flags):
             if not flag.startswith("--") or declared.kind not in (int, bool) or declared.read:
                 continue
-            value = "False" if declared.kind is bool else str(declared.default or 3)
+            value = "False" if declared.kind is bool else str(declared.default or max(3, declared.at_least or 0))
             for spelled in (flag, "--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")):
                 words = [*SCRIPTS[module].split(), f"{spelled}={value}"]
                 assert declared.name in module.make_parser().parse(words).given, spelled

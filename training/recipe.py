@@ -126,7 +126,6 @@ class Recipe(Settings):
 class LargeScale(Settings):
     """SGD at ImageNet scale: learning rate per 256 images, cosine from the first epoch, optional LARS."""
 
-    size: int = setting(224, "side of the views, in pixels", at_least=1, at_most=4096, title="data")
     lars: bool = setting(False, "the same as --optimizer lars")
     start_epoch: int = setting(0, "epoch to begin with", at_least=0)
     evaluate: bool = setting(False, "evaluate the layer trained before", flags=("-e", "--evaluate"), named=False)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from data_aug.digests import HASH_BYTES, unpack_digests
+from data_aug.sizes import SIZE
 from files.reading import checked
 from models.files import RECORDED
 
@@ -15,11 +16,11 @@ from models.files import RECORDED
 class Record:
     """What a checkpoint says of where a model comes from: the images, and what a copy's attacker asked of whom.
 
-    images: how many a victim was trained on. query_set: data set, split and number of the images queried, and how
-    many were available; query_indices (N,) their positions in that split, query_digests (N, 16) those of the pixels
-    sent. ledger: the victim's record. defence_report: the defences' figures. stolen_from, victim_version: the weights
-    of the encoder and of its API. drawn_for: the purpose for which the seed drew the initial weights, where it is not a
-    victim's; until November 2026 a copy's were a victim's.
+    images: how many a victim was trained on. query_set: data set, split and number of the images queried, how many
+    were available, and their side, where it is not SIZE; query_indices (N,) their positions in that split,
+    query_digests (N, 16) those of the pixels sent. ledger: the victim's record. defence_report: the defences' figures.
+    stolen_from, victim_version: the weights of the encoder and of its API. drawn_for: the purpose for which the seed
+    drew the initial weights, where it is not a victim's; until November 2026 a copy's were a victim's.
     """
 
     images: int | None = None
@@ -47,6 +48,11 @@ class Record:
         for name, value in {**earlier, **entries}.items():
             setattr(self, name, value)
 
+    @property
+    def size(self) -> int:
+        """The side of the images queried, in pixels."""
+        return (self.query_set or {}).get("size", SIZE)
+
     @classmethod
     def of(cls, checkpoint: Mapping) -> "Record":
         record = cls()
@@ -64,3 +70,8 @@ class Record:
         near = len(set().union(*hashes)) if len(hashes) == len(accounts) else None
         queries = sum(account["queries"] for account in accounts)
         return {**self.defence_report, "queries": queries, "distinct": len(distinct), "near_distinct": near}
+
+
+def named_size(size: int) -> dict[str, int]:
+    """The entry of a `query_set` for the side of its images: none for the usual one, as before there were others."""
+    return {} if size == SIZE else {"size": size}
