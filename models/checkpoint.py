@@ -29,10 +29,10 @@ def _outline(factory: Callable[[], nn.Module]) -> tuple[str | None, State]:
     return getattr(backbone, "stem", None), {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
 
 
-def _outlines(layout: Layout, named: Collection[str]) -> dict[str, State]:
+def _outlines(layout: Layout, named: Collection[str], size: int | None) -> dict[str, State]:
     """The architectures that are possible in a layout, with their keys; for OWN all, also of timm if they are named."""
     named = [arch for arch in named if layout is OWN and arch in ARCHITECTURES]
-    outlines = {arch: _outline(ARCHITECTURES[arch]) for arch in dict.fromkeys((*ARCHITECTURES, *named))}
+    outlines = {arch: _outline(ARCHITECTURES.at(arch, size)) for arch in dict.fromkeys((*ARCHITECTURES, *named))}
     return {arch: keys for arch, (stem, keys) in outlines.items() if layout is OWN or stem in layout.inputs}
 
 
@@ -41,7 +41,9 @@ def _backbone(state: State, layout: Layout) -> State:
     return {key: value for key, value in state.items() if not (layout.head and key.startswith("backbone.fc."))}
 
 
-def _recognise(tensors: Tensors, named: Collection[str]) -> tuple[Layout | None, State, Counter, list[str]]:
+def _recognise(
+    tensors: Tensors, named: Collection[str], size: int | None
+) -> tuple[Layout | None, State, Counter, list[str]]:
     """A file's layout, its tensors by our keys, the parts left out, and the architectures with exactly these keys.
 
     Keys and shapes decide, not the name in the entry `arch`: for stolen encoders the 2022 code stored the victim's
@@ -52,24 +54,25 @@ def _recognise(tensors: Tensors, named: Collection[str]) -> tuple[Layout | None,
             continue
         state, ignored = layout.take(tensors.state)
         backbone = with_counters(_backbone(state, layout))
-        fitting = [arch for arch, keys in _outlines(layout, named).items() if not compare_keys(backbone, keys)]
+        fitting = [arch for arch, keys in _outlines(layout, named, size).items() if not compare_keys(backbone, keys)]
         if fitting or layout is not OWN:
             return layout, state, ignored, fitting
     return None, tensors.state, Counter(), []
 
 
-def _misfit(state: State, arch: str) -> int:
-    keys = _outline(ARCHITECTURES[arch])[1]
+def _misfit(state: State, keys: State) -> int:
     return sum(key not in keys or key not in state or keys[key].shape != state[key].shape for key in {*keys, *state})
 
 
-def _refuse(layout: Layout | None, state: State, arch: str | None, named: Collection[str], source: str) -> None:
+def _refuse(
+    layout: Layout | None, state: State, arch: str | None, named: Collection[str], size: int | None, source: str
+) -> None:
     """Raise the UserError that says why a file does not fit the architecture requested, or else the nearest."""
     if layout is None:
         first = ", ".join(list(state)[:4])
         raise UserError(f"{source} is in no layout of docs/checkpoints.md: its keys are {first}, ...")
-    backbone, possible = _backbone(with_counters(state), layout), _outlines(layout, named)
-    nearest = arch if arch in possible else min(possible, key=lambda arch: _misfit(backbone, arch))
+    backbone, possible = _backbone(with_counters(state), layout), _outlines(layout, named, size)
+    nearest = arch if arch in possible else min(possible, key=lambda arch: _misfit(backbone, possible[arch]))
     problems = "; ".join(compare_keys(backbone, possible[nearest]))
     taken_for = "" if layout is OWN else f", taken for the layout of {layout.name},"
     raise UserError(f"{source}{taken_for} does not fit {nearest}: {problems}")
@@ -94,15 +97,16 @@ def _encoder_from(checkpoint: Mapping, source: str, arch: str | None) -> SimCLRE
         return encoder
     tensors = Tensors.of(checkpoint, source)
     named = {name for name in (checkpoint.get("arch"), arch) if name}
-    layout, state, ignored, fitting = _recognise(tensors, named)
+    said = checkpoint.get("input_size")
+    layout, state, ignored, fitting = _recognise(tensors, named, said)
     if not fitting:
         if layout is None and (arch or checkpoint.get("arch")) in ARCHITECTURES:
             layout = OWN
-        _refuse(layout, state, arch, named, source)
+        _refuse(layout, state, arch, named, said, source)
     # Stems may differ in ways that no tensor shows: then the file's `arch` decides, else the caller's.
     found = next((name for name in (checkpoint.get("arch"), arch) if name in fitting), fitting[0])
     _insist(arch, found, source)
-    size, normalize = layout.inputs.get(_outline(ARCHITECTURES[found])[0], (None, None))
+    size, normalize = layout.inputs.get(_outline(ARCHITECTURES.at(found, said))[0], (None, None))
     size, normalize = checkpoint.get("input_size", size), checkpoint.get("normalize", normalize)
     # The head's kind follows from the key of its last layer.
     last_layers = {"linear": "backbone.fc.weight", "mlp-bn": "backbone.fc.3.weight", "mlp": "backbone.fc.2.weight"}

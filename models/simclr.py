@@ -150,7 +150,7 @@ def build_encoder(
 
     `out_dim` None: no head. `projection_head` lists the kinds of heads. KeyError for an `arch` not in ARCHITECTURES.
     """
-    backbone = ARCHITECTURES[arch]()
+    backbone = ARCHITECTURES.at(arch, input_size)()
     fc = None if out_dim is None else projection_head(backbone.dim, out_dim, head)
     return SimCLREncoder(backbone, arch, fc, normalize, input_size or getattr(backbone, "input_size", None))
 

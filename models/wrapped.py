@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from utils import UserError
 
 TIMM = "timm:"
-SIDE, PATCH = 32, 4  # of this project's images, and of the patches into which a transformer cuts them
+SIDE = 32  # of images, where nothing else is said
+FEW, GRID = 128, 8  # images of a smaller side than this are cut into so many patches a side
 
 
 class Wrapped(nn.Module):
@@ -56,11 +57,15 @@ class Architectures(dict[str, Callable[[], nn.Module]]):
             raise KeyError(name)
         return timm_architecture(name)
 
+    def at(self, name: str, size: int | None) -> Callable[[], nn.Module]:
+        """As `[name]`; a network that takes images of one size only is built for images of size x size."""
+        return timm_architecture(name, size or SIDE) if name.startswith(TIMM) else self[name]
+
 
 @functools.cache  # the same function for the same name, as in a table
-def timm_architecture(name: str) -> Callable[[], Wrapped]:
+def timm_architecture(name: str, size: int = SIDE) -> Callable[[], Wrapped]:
     """The function that builds `timm:NAME` with fresh weights."""
-    return functools.partial(_build_timm, name)
+    return functools.partial(_build_timm, name, size)
 
 
 def open_timm(name: str) -> ModuleType:
@@ -75,22 +80,29 @@ def open_timm(name: str) -> ModuleType:
     return timm
 
 
-def _build_timm(name: str) -> Wrapped:
-    """Networks for images of a fixed size are built for 32 x 32 images, in patches of 4 x 4 where they have patches."""
+def _build_timm(name: str, size: int) -> Wrapped:
+    """A network for images of a fixed size is built for size x size, in its own patches or, below FEW pixels, smaller.
+
+    There the patches, where it has any, are the largest that divide the image into GRID x GRID or more.
+    """
     timm, plain = open_timm(name), name.removeprefix(TIMM)
     configuration = timm.models.get_pretrained_cfg(plain)
     fixed = bool(configuration and configuration.fixed_input_size)
-    attempts = [{"img_size": SIDE, "patch_size": PATCH}, {"img_size": SIDE}] if fixed else [{}]
-    for arguments in attempts:
+    small = size < FEW and {"patch_size": max(part for part in range(1, max(1, size // GRID) + 1) if size % part == 0)}
+    attempts = [{"img_size": size, **small}] if fixed and small else []
+    for arguments in [*attempts, {"img_size": size} if fixed else {}]:
         try:
             model = timm.create_model(plain, pretrained=False, num_classes=0, **arguments)
+            patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+            if size % patch:  # the rest would be cut off
+                raise ValueError(f"its patches are of {patch} x {patch} pixels")
+            with torch.no_grad():
+                row = model.eval()(torch.zeros(1, 3, size, size))
             break
-        except TypeError as error:  # it has no patches
-            said = error
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # it has no patches, or takes no such
+            said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
     else:
-        raise UserError(f"{name} cannot be built for images of {SIDE} x {SIDE}: {said}")
-    with torch.no_grad():
-        row = model.eval()(torch.zeros(1, 3, SIDE, SIDE))
+        raise UserError(f"{name} cannot be built for images of {size} x {size}, give another --size: {said}")
     if not isinstance(row, Tensor) or row.dim() != 2:
         raise UserError(f"{name} does not give an image a single vector: choose another architecture")
-    return Wrapped(model.train(), nn.Identity(), row.shape[1], SIDE if fixed else None)
+    return Wrapped(model.train(), nn.Identity(), row.shape[1], size if fixed else None)

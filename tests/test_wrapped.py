@@ -116,6 +116,42 @@ def test_timm_s_architectures_are_built_for_small_images(name, tmp_path):
     assert same(again.state_dict(), encoder.state_dict())
 
 
+# A network for images of one size is built for the size asked for: its name, the size, and its patches.
+BUILT = [("test_vit", 48, 6), ("test_vit", 44, 4), ("vit_tiny_patch16_224", 64, 8), ("vit_tiny_patch16_224", 224, 16)]
+
+
+@pytest.mark.parametrize(("name", "size", "patch"), BUILT)
+@torch.no_grad()
+def test_timm_s_architectures_are_built_for_other_sizes(name, size, patch, tmp_path):
+    with seeded(0):
+        encoder = build_encoder(f"timm:{name}", 16, input_size=size).eval()
+    theirs = timm.create_model(name, num_classes=0, img_size=size, patch_size=patch).eval()
+    theirs.load_state_dict(encoder.backbone.model.state_dict())
+    images = torch.rand(2, 3, size, size)
+    assert torch.equal(encoder(images), theirs(images))
+    content = {"arch": encoder.arch, "state_dict": encoder.state_dict(), "input_size": size}
+    save_checkpoint(content, tmp_path / "c")
+    again = load_encoder(tmp_path / "c")
+    assert again.input_size == size
+    assert torch.equal(again(images), encoder(images))
+    save_checkpoint({**content, "input_size": 32}, tmp_path / "c")
+    assert f"does not fit timm:{name}" in refusal(tmp_path / "c")
+
+
+def test_a_network_of_any_size_is_the_same_at_all_sizes():
+    encoder = build_encoder("timm:test_resnet", input_size=48)
+    assert encoder.input_size == 48
+    assert encoder.state_dict().keys() == build_encoder("timm:test_resnet").state_dict().keys()
+
+
+def test_sizes_that_a_network_cannot_have_are_refused(refused):
+    name = "timm:vit_tiny_patch16_224"
+    with pytest.raises(UserError, match=rf"^{name} cannot be built for images of 200 x 200, give another --size: its"):
+        build_encoder(name, input_size=200)
+    line = ("--arch", name, "--dataset", "mnist", "--device", "cpu")
+    assert "give another --size: its patches are of 16 x 16 pixels" in refused(run, *line, "--size", "136")
+
+
 @pytest.mark.parametrize("form", ["safetensors", "hf"])
 def test_weights_of_timm_s_architectures_are_exported(form, tmp_path):
     encoder = build_encoder("timm:test_vit")
@@ -191,3 +227,24 @@ def test_a_transformer_steals_a_resnet_and_a_resnet_a_transformer(call, trained,
     code, out, err = call(linear_eval, *JUDGE[2:], *found)
     assert code == 0, err
     assert "arch timm:vit_tiny_patch16_224" in out
+
+
+def test_both_directions_at_another_size(call, data, tmp_path):
+    """Victim, copy and evaluation are of the size that the victim was trained at, without a further flag."""
+    train = ("--dataset", "mnist", "--epochs", "1", "-b", "20", "--size", "48", "--device", "cpu")
+    tiny, resnet = "timm:vit_tiny_patch16_224", "resnet10w32"
+    for arch, stolen in ((tiny, resnet), (resnet, tiny)):
+        code, out, err = call(run, *train, "--arch", arch)
+        assert code == 0, err
+        victim = made(out)
+        attack = [word for word in ATTACK if word not in ("--dataset", "cifar10", "--archstolen", "resnet10w32")]
+        code, out, err = call(steal, *attack, "--victim", victim, "--archstolen", stolen)
+        assert code == 0, err
+        copy = made(out)
+        sizes = [(encoder.arch, encoder.input_size) for encoder in map(load_encoder, (victim, copy))]
+        assert sizes == [(arch, 48), (stolen, 48)]
+        for judged in (("--modeltype", "victim", "--victim", victim), ("--stolen", copy, "--fidelity")):
+            line = (*judged, "-n", "40", "--probe-epochs", "2", "--dataset-test", "mnist", "--device", "cpu")
+            code, out, err = call(linear_eval, *line, *(("--independent", "random") if "--fidelity" in line else ()))
+            assert code == 0, err
+            assert "top1" in out
