@@ -157,11 +157,8 @@ class Opened:
         return version_of(self.encoder) if self.encoder else self.asked.version
 
 
-def open_elsewhere(command: Command) -> Opened:
-    """The victim at an address. Settles that its data set is another than the attacker's, unless --dataset is given.
-
-    Its images have the size that it wants, where the command line has no --size.
-    """
+def reach(command: Command) -> Opened:
+    """The victim at an address. Its images have the size that it wants, where the command line has no --size."""
     address = command.victim
     if address.startswith("http"):
         attacks = command.checkpoint_dir if command.resume else None
@@ -173,11 +170,17 @@ def open_elsewhere(command: Command) -> Opened:
     if asked.accounts is not None and asked.accounts < accounts:
         raise UserError(f"--sybils {accounts} need a key each, {command.api_key_file} has {asked.accounts}: add lines")
     print(f"victim: {address}, {asked.words()}")
-    command.suffix = command.given.get("dataset", "")  # of a victim whose file is here the folder above says that
-    command.set(dataset=command.suffix or OTHER)
     settle_size(command, asked.input_size and asked.input_size[1])
     name = re.sub(r"[^\w.=+-]", "_", asked.label)[: NAME_BYTES // 2]
     return Opened(command.checkpoint_dir / f"{name}-{asked.version[:8]}", address, asked=asked)
+
+
+def open_elsewhere(command: Command) -> Opened:
+    """As `reach`. Settles that the victim's data set is another than the attacker's, unless --dataset is given."""
+    opened = reach(command)
+    command.suffix = command.given.get("dataset", "")  # of a victim whose file is here the folder above says that
+    command.set(dataset=command.suffix or OTHER)
+    return opened
 
 
 def open_victim(command: Command, **wanted: Any) -> Opened:

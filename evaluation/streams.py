@@ -1,7 +1,7 @@
 """Attackers' and users' streams of queries: who sends which images."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from attacks.queries import queries_sent
 from data_aug.datasets import DATASET_NAMES, check_name, load_dataset
 from data_aug.images import Images, Stored
 from data_aug.sizes import SIZE
-from models import ARCHITECTURES, SimCLREncoder, build_copy
+from models import ARCHITECTURES, build_copy
 from settings import Settings, setting
 from training.represent import represent
 from utils import Precision, UserError, generator, seeded
@@ -126,9 +126,12 @@ def draw_task(images: Tensor, labels: Tensor, count: int, classes: int, draws: t
 # ---- what they send --------------------------------------------------------------------------------------------------
 
 
+Seen = Callable[[Images | Tensor], Tensor]  # images (N, 3, H, W) -> their representations (N, D), or the answers
+
+
 @dataclass(frozen=True, eq=False)
 class Sent:
-    """Images uint8 (N, 3, H, W), and the encoder's representations of them (N, D)."""
+    """Images uint8 (N, 3, H, W), and their representations (N, D)."""
 
     images: Tensor
     representations: Tensor
@@ -165,35 +168,34 @@ def few_buckets(pool: Sent, features: Tensor, length: int, draws: torch.Generato
 
 
 def attackers_streams(
-    streams: Streams, encoder: SimCLREncoder, precision: Precision, pool: Sent, seed: int
+    streams: Streams, seen: Seen, features: Callable[[Tensor], Tensor], pool: Sent, seed: int
 ) -> Iterator[tuple[str, Sent]]:
     """Yields the kind of each attacker's stream, and what it sends; each account of sybils has a stream of its own.
 
-    The attackers choose from the pool; views of its images are encoded here.
+    The attackers choose from the pool, by `features` (N, F) of their own; views of its images are `seen` here.
     """
     length, everything = streams.stream_length, torch.arange(len(pool.images))
     choice = pool.at(draw_plain(everything, CHOICE * length, generator(seed, "few-buckets")))
-    features = untrained_features(encoder, precision, choice.images, seed)
+    own = features(choice.images)
     for number in range(streams.streams):
         draws = {kind: generator(seed, kind, number) for kind in ATTACKERS}
         yield "plain", pool.at(draw_plain(everything, length, draws["plain"]))
         asked = draw_plain(everything, math.ceil(length / 2), draws["views"])
         sent = queries_sent(Stored(pool.images[asked]), Attack(n_views=2), draws["views"])[:length]
-        yield "views", Sent(sent.tensor, represent(encoder, sent, precision))
+        yield "views", Sent(sent.tensor, seen(sent))
         asked = draw_plain(everything, math.ceil(length / streams.repeat), draws["repeat"])
         yield "repeat", pool.at(asked.repeat(streams.repeat)[:length])
         for stream in sybil_accounts(draw_plain(everything, length, draws["sybils"]), streams.sybils, length):
             yield "sybils", pool.at(stream)
-        order = torch.randperm(len(features), generator=draws["few-buckets"])
-        chosen = few_buckets(choice.at(order), features[order], length, draws["few-buckets"])
+        order = torch.randperm(len(own), generator=draws["few-buckets"])
+        chosen = few_buckets(choice.at(order), own[order], length, draws["few-buckets"])
         yield "few-buckets", choice.at(order[chosen])
 
 
-def untrained_features(encoder: SimCLREncoder, precision: Precision, images: Tensor, seed: int) -> Tensor:
-    """Features (N, F) of an attacker's untrained copy, on the CPU."""
+def untrained_features(arch: str | None, dim: int, precision: Precision, seed: int, images: Tensor) -> Tensor:
+    """Features (N, F) of an attacker's untrained copy for answers of width `dim`, on the CPU."""
     with seeded(seed):
-        arch = encoder.arch if encoder.arch in ARCHITECTURES else "resnet18"
-        copy = build_copy(arch, encoder.dim, input_size=images.shape[-1])
+        copy = build_copy(arch if arch in ARCHITECTURES else "resnet18", dim, input_size=images.shape[-1])
     return represent(copy.to(precision.device), images, precision).cpu()
 
 

@@ -1,5 +1,7 @@
 """A paying user of the API, who trains and uses a downstream head on the answers: the cost of a defence."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 from attacks.client import Client
 from attacks.elsewhere import Elsewhere
 from data_aug.datasets import check_labelled, load_labelled, load_queries, same_source
-from data_aug.images import Stored
+from data_aug.images import Images, Stored
 from data_aug.sizes import SIZE
 from evaluation.probes import Labelled, logistic_regression, mlp_probe
 from evaluation.rows import packed, unpacked
@@ -100,6 +102,21 @@ def keep_answers(run: Run, asked: Elsewhere | None) -> Path | None:
     return keep
 
 
+def buyer(client: Client, device: torch.device, account: str = ACCOUNT) -> Callable[[Images | Tensor], Tensor]:
+    """A function that asks for images (N, 3, H, W) in this account: answers (N, D) on the device.
+
+    The images are numbered on from call to call.
+    """
+    numbers = itertools.count()
+
+    def buy(images: Images | Tensor) -> Tensor:
+        images = images if isinstance(images, Images) else Stored(images)
+        sources = torch.tensor([next(numbers) for _ in range(len(images))], dtype=torch.long)
+        return client.ask(images, sources, account).to(device)
+
+    return buy
+
+
 def user_scores(
     victim: AnyVictim,
     train: Labelled,
@@ -116,15 +133,8 @@ def user_scores(
     those of `logistic_regression`.
     """
     client = Client(victim, keep)
-    first = 0
-
-    def buy(images: Tensor, labels: Tensor) -> Labelled:
-        nonlocal first
-        sources = torch.arange(first, first + len(images))
-        first += len(images)
-        return client.ask(Stored(images), sources, ACCOUNT).to(precision.device), labels.to(precision.device)
-
-    bought = [buy(*train), buy(*test)]
+    buy = buyer(client, precision.device)
+    bought = [(buy(images), labels.to(precision.device)) for images, labels in (train, test)]
     settings = {"epochs": head.epochs, "batch_size": head.batch_size, "weight_decay": head.weight_decay}
     layers = mlp_probe(*bought, head.lrhead, seed, hidden=victim.dim, **settings)
     linear = logistic_regression(*bought, seed)

@@ -4,25 +4,109 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_aug.datasets import take_balanced
+from attacks import victims
+from attacks.client import Client
+from attacks.elsewhere import Elsewhere
+from data_aug.datasets import load_labelled, take_balanced
 from defenses.detection import Detection
 from defenses.prada import ENOUGH, prada
+from evaluation.encoders import open_owner
 from evaluation.probes import Labelled, logistic_regression
 from evaluation.statistics import auc_interval, rate_interval, roc
-from evaluation.streams import ATTACKERS, Sent, Streams, attackers_streams, users_streams
+from evaluation.streams import ATTACKERS, Seen, Sent, Streams, attackers_streams, untrained_features, users_streams
+from evaluation.user import buyer
+from files.address import Address, asked_elsewhere, read_place
 from models import SimCLREncoder
+from settings import Command, Settings, setting, settings_of
+from training import finding
 from training.represent import represent
-from utils import Precision
+from utils import Precision, UserError
 
 FALSE_ALARMS = 0.05  # share of users' streams that may be taken for attacks
 
 # kind -> statistic -> the score of each stream for which there is any
 Scores = dict[str, dict[str, list[float]]]
+# The images (N, 3, H, W) of `streams.dataset`, their labels (N,), and the images of `load_others`
+Known = tuple[Tensor, Tensor, Tensor | None]
 Classify = Callable[[Tensor], Tensor]  # representations (N, D) -> classes (N,)
+
+
+@dataclass(frozen=True)
+class Watched(Settings):
+    """The owner of the API, or where the API is."""
+
+    victim: Path | Address | None = setting(
+        None,
+        "the owner's checkpoint, run folder or run name; http://HOST:PORT or python:FILE.py:FUNCTION to ask",
+        read=read_place,
+        named=False,
+        otherwise="the only victim",
+    )
+    title = "victim"
+
+
+def open_watched(command: Command) -> victims.Opened:
+    """The victim whose queries are watched."""
+    if asked_elsewhere(command):
+        return victims.reach(command)
+    path = finding.find(command, "victim", "victim", {})
+    encoder, trained = open_owner(command, path)
+    return victims.Opened(finding.home_of(path, command.checkpoint_dir), path, {"settings": trained}, encoder)
+
+
+@dataclass(frozen=True, eq=False)
+class Watcher:
+    """Who computes the statistics: the owner by representations, or an attacker by the answers that it buys.
+
+    seen: what is known of images. features: (N, F) of the attacker who chooses by its own. classify: the owner's
+    classifier for PRADA, None where there is none, and `said` in words.
+    """
+
+    seen: Seen
+    features: Callable[[Tensor], Tensor]
+    classify: Classify | None
+    said: str
+
+
+def watcher_of(
+    command: Command, opened: victims.Opened, keep: Path | None, precision: Precision, known: Known
+) -> Watcher:
+    """The owner, or with a victim elsewhere an attacker, who keeps the answers in this file.
+
+    The attacker asks about each of the images and of its streams' views once. Its statistics are the owner's as far as
+    no defence changes the answers. UserError where its account cannot pay.
+    """
+    streams, seed = command[Streams], command.seed
+    if opened.asked:
+        return _attacker(opened.asked, keep, precision, seed, known, streams.streams * streams.stream_length)
+    encoder = opened.encoder.to(precision.device, memory_format=precision.memory_format)
+    owner = opened.checkpoint["settings"].get("dataset")
+    try:
+        if not owner:
+            raise UserError(f"{opened.source} does not say what it was trained on")
+        owned = load_labelled(owner, command.data, "train", command.size)
+        classify, said = owner_classifier(streams, owner, owned, encoder, precision, seed)
+    except UserError as error:
+        classify, said = None, f"without PRADA, which needs labelled images of the owner's: {error}"
+    features = partial(untrained_features, encoder.arch, encoder.dim, precision, seed)
+    return Watcher(partial(represent, encoder, precision=precision), features, classify, said)
+
+
+def _attacker(asked: Elsewhere, keep: Path, precision: Precision, seed: int, known: Known, views: int) -> Watcher:
+    images = sum(len(each) for each in (known[0], known[2]) if each is not None)
+    asked.budget = images + views
+    print(f"queries: {asked.budget}, {images} images and {views} random views")
+    features = partial(untrained_features, None, asked.dim, precision, seed)
+    said = "by the answers, which defences may have changed; without PRADA, which needs the owner's classifier"
+    return Watcher(buyer(Client(asked, keep), precision.device), features, None, said)
 
 
 def owner_classifier(
@@ -43,32 +127,29 @@ def owner_classifier(
 def score_all(
     streams: Streams,
     detector: Detection,
-    encoder: SimCLREncoder,
-    precision: Precision,
-    data: tuple[Tensor, Tensor, Tensor | None],
+    watcher: Watcher,
+    data: Known,
     parts: tuple[Tensor, Tensor],
     seed: int,
-    classify: Classify | None = None,
 ) -> Scores:
     """The scores of all attackers' and users' streams.
 
-    Each stream is watched by a fresh copy of the detector; `prada` is among the scores where the owner can `classify`,
+    Each stream is watched by a fresh copy of the detector; `prada` is among the scores where there is a classifier,
     without those of streams that are too short for it.
-    data: the images (N, 3, H, W) of `streams.dataset`, their labels (N,), and the images of `load_others`. parts: the
-    positions of the attackers' images and of the users'.
+    parts: the positions of the attackers' images and of the users'.
     """
     images, labels, others = data
     attackers, users = parts
-    known = Sent(images, represent(encoder, images, precision))
-    others = None if others is None else Sent(others, represent(encoder, others, precision))
+    known = Sent(images, watcher.seen(images))
+    others = None if others is None else Sent(others, watcher.seen(others))
     scores: Scores = {}
-    sent = attackers_streams(streams, encoder, precision, known.at(attackers), seed)
+    sent = attackers_streams(streams, watcher.seen, watcher.features, known.at(attackers), seed)
     for kind, queries in itertools.chain(sent, users_streams(streams, known.at(users), labels[users], others, seed)):
         fresh = dataclasses.replace(detector, _streams={})
         fresh.watch(queries.representations)
         found = fresh.scores()
-        if classify is not None:
-            found["prada"] = prada(queries.images, classify(queries.representations).cpu())
+        if watcher.classify is not None:
+            found["prada"] = prada(queries.images, watcher.classify(queries.representations).cpu())
         for name, value in found.items():
             known_scores = scores.setdefault(kind, {}).setdefault(name, [])
             known_scores += [] if value is None else [value]
@@ -80,6 +161,11 @@ def detected(attacks: list[float], users: list[float]) -> int:
     allowed = int(FALSE_ALARMS * len(users))
     threshold = sorted(users, reverse=True)[allowed]
     return sum(value > threshold for value in attacks)
+
+
+def settings_row(*owners: Any) -> dict[str, Any]:
+    """The settings of streams and detector, for a row of results."""
+    return {name: getattr(owner, name) for owner in owners for name in settings_of(owner)}
 
 
 def _users(scores: Scores) -> list[str]:

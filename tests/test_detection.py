@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -425,7 +426,8 @@ def pool():
 def test_attackers_send_what_their_names_say(pool):
     model, all_of_them = pool
     settings = streams.Streams(streams=2, stream_length=11, repeat=4, sybils=3)
-    sent = [*streams.attackers_streams(settings, model, Precision("fp32", CPU), all_of_them, seed=0)]
+    features = partial(streams.untrained_features, "resnet10w32", model.dim, Precision("fp32", CPU), 0)
+    sent = [*streams.attackers_streams(settings, partial(represent, model), features, all_of_them, seed=0)]
     one = ["plain", "views", "repeat", "sybils", "sybils", "sybils", "few-buckets"]
     assert [kind for kind, _ in sent] == one * 2
     digests = {digest: index for index, digest in enumerate(image_digests(all_of_them.images))}

@@ -161,6 +161,42 @@ def test_only_the_owner_compares_the_copy_with_the_victim(stolen, call, refused,
     assert compared["l2"] > 0
 
 
+WATCH = ("--dataset", "shapes", "--streams", "2", "--stream-length", "20", "--device", "cpu", *FP32)
+
+
+def test_a_detector_over_http_pays_for_each_image_and_view_once(call, refused, service, key, write_npz, tmp_path):
+    relay = Relay(service.port, {3: refusing(403, "expired")})
+    watch = (*WATCH, "--dataset", f"npz:{write_npz(test=80)}", "--dataset-users", "mnist")  # of 24 images here
+    watch = (*watch, "--victim", relay.url, "--api-key-file", key)
+    assert "expired" in refused(detect, *watch)
+    assert service.queries() == 16
+    relay.troubles.clear()
+    code, out, err = call(detect, *watch, "--resume")
+    assert code == 0, err
+    assert "queries: 144, 104 images and 40 random views" in out
+    assert "by the answers, which defences may have changed; without PRADA" in out
+    row = json.loads((tmp_path / "checkpoints" / "results.jsonl").read_text())
+    assert (row["queries"], row["api_queries"], row["arch"]) == (144, 144, None)
+    assert row["auc_task_repeat_nearest"] >= 0
+    assert service.queries() == 144
+    assert not list((tmp_path / "checkpoints").rglob("queries-*"))
+
+
+def test_without_a_defence_a_detector_by_answers_is_the_owners(call, victim, write_npz, tmp_path):
+    text = "import torch\nfrom models import load_encoder\nfrom victim import Victim\n"
+    text += f"victim = Victim(load_encoder({str(victim)!r}))\ndef ask(images):\n    return victim.query(images)\n"
+    address = write_function(tmp_path, text + "ask.dim = 256")
+    few = f"npz:{write_npz(test=80)}"
+    for source in (victim, address):
+        code, _, err = call(detect, *WATCH, "--dataset", few, "--victim", source)
+        assert code == 0, err
+    owner, attacker = map(json.loads, (tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines())
+    # The attacker who stays in few buckets chooses by an untrained copy, whose architecture may be another here.
+    same_streams = [name for name in owner if name.startswith("auc_") and "few-buckets" not in name]
+    assert len(same_streams) > 20
+    assert {name: attacker[name] for name in same_streams} == {name: owner[name] for name in same_streams}
+
+
 def test_a_user_of_the_api_gets_what_a_user_of_the_victim_gets(call, service, key, victim, tmp_path):
     line = (
         "--dataset",
@@ -514,14 +550,13 @@ NEED_WEIGHTS = {
     linear_eval: ("--modeltype", "victim"),
     linsimsiam: (),
     verify: ("--method", "similarity", "--suspect", "x"),
-    detect: (),
     steallabels: (),
     legitimate: None,
 }
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "python:api.py:ask"])
-@pytest.mark.parametrize("module", [linear_eval, linsimsiam, verify, detect, steallabels], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("module", [linear_eval, linsimsiam, verify, steallabels], ids=lambda one: one.__name__)
 def test_scripts_that_need_the_encoder_say_so(module, address, refused):
     said = refused(module, "--victim", address, *(NEED_WEIGHTS[module] or ()))
     assert "gives answers, and the encoder itself is needed here: give its checkpoint or run" in said
