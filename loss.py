@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from settings import setting
-from training.objective import Loss
+from training.objective import Loss, temperature_setting
+from training.siamese import SIAMESE_LOSSES, symmetrized
 from utils import UserError
 
 # ---- between the rows of a set of features ----
@@ -177,17 +178,6 @@ def wasserstein(copy: Tensor, victim: Tensor) -> Tensor:
     return (cumulative(copy) - cumulative(victim)).abs().sum(dim=1).mean()
 
 
-def symmetrized(copy: Tensor, victim: Tensor, views: int = 2) -> Tensor:
-    """Negative cosine between predictions and targets of different views (SimSiam; Chen & He, CVPR 2021, equation 4).
-
-    copy (V * B, D): the copy's predictions; victim (V * B, D): the answers through the copy's projector -> scalar.
-    Mean over images and views v != w of -cos(copy_v, victim_w); no gradient passes to the target.
-    """
-    predictions, targets = copy.chunk(views), victim.detach().chunk(views)
-    pairs = itertools.permutations(range(views), 2)
-    return -torch.stack([F.cosine_similarity(predictions[v], targets[w]).mean() for v, w in pairs]).mean()
-
-
 def contsteal(copy: Tensor, victim: Tensor, temperature: float = 0.5, views: int = 1) -> Tensor:
     """Cont-Steal's loss as its authors released it (Sha et al., CVPR 2023): (V * B, D), (V * B, D) -> scalar.
 
@@ -268,12 +258,7 @@ def rda(copy: Tensor, victim: Tensor, temperature: float = 0.07, views: int = 1)
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
-def _temperature(default: float) -> dict:
-    text = "temperature of contrastive losses"
-    return {"temperature": setting(default, text, above=0, otherwise="0.07, of contsteal and contsteal-paper 0.5")}
-
-
-_TEMPERATURE, _WARMER = _temperature(0.07), _temperature(0.5)
+_TEMPERATURE, _WARMER = ({"temperature": temperature_setting(default)} for default in (0.07, 0.5))
 _SN = {"flags": ("--tempsn", "--temperaturesn"), "argument": "temperature"}
 _SOFTNN = {"temperaturesn": setting(100.0, "temperature of softnn", above=0, **_SN)}
 _STOLENENCODER = {
@@ -292,7 +277,8 @@ TRAIN_LOSSES = {
     "softnn": Loss(soft_nearest_neighbour, 256, 1e-3, settings=_SOFTNN, min_views=2),
     "supcon": Loss(supcon_training, 256, 0.05, optimizer="sgd", settings=_TEMPERATURE, min_views=2),
     "barlow": Loss(barlow, 256, 3e-4, min_views=2),
-    "supervised": Loss(supervised, 128, 0.1, 5e-4, "sgd", augment="crop-flip"),
+    **SIAMESE_LOSSES,  # these train a companion too
+    "supervised": Loss(supervised, 128, 0.1, 5e-4, "sgd", augment="crop-flip", head="linear"),
 }
 STEAL_LOSSES = {
     "infonce": Loss(infonce, 256, 3e-4, settings=_TEMPERATURE),

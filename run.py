@@ -46,14 +46,11 @@ class Train(Settings):
     arch: str = setting("resnet34", f"the victim's architecture: {USUAL}", read=arch_name, flags=("-a", "--arch"))
     out_dim: int = setting(
         128,
-        "width of the projections",
+        "width of the projections; supervised has one for each class",
         at_least=1,
         flags=("--out_dim",),
-        acts=lambda command: (
-            "with the loss supervised: the head has an output for each class"
-            if command.losstype == "supervised"
-            else None
-        ),
+        acts=lambda command: "with the loss supervised" if command.losstype == "supervised" else None,
+        otherwise="128, of simsiam 2048, of byol 256",
     )
     watermark: bool = setting(False, "train a rotation watermark into the victim, for verify.py")
     n_views: int = setting(2, "random views per image", at_least=1, at_most=1000, otherwise="2, for supervised 1")
@@ -82,9 +79,10 @@ def parse(line: Sequence[str] | None = None) -> Command:
     preset, loss = PRESETS[command.preset], TRAIN_LOSSES[command.use(LossChoice).losstype]
     views = command.use(PresetChoice, preset).views or loss.augment
     loss = command.use(replace(loss, augment=views), preset)
-    command.use(Train, {"n_views": loss.min_views})
+    command.use(Train, loss.presets, {"n_views": loss.min_views})
     command.use(Recipe, preset, loss.presets, seed=command.seed, recipe=command.recipe)
-    command.refuse_idle()
+    newer = loss.companion and f"with the loss {command.losstype}, which 2022 lacked and which has its own companion"
+    command.refuse_idle(recipe=newer, watermark=newer)
     return command
 
 
@@ -100,18 +98,19 @@ def main() -> None:
     wide = command.recipe == "released" and loss.augment == "simclr" and not train.watermark
     options = {"number": train.num_train, "seed": machine.seed, "size": command.size, "wide": wide}
     images, labels, split = load_training(train.dataset, command.data, loss.needs_labels, **options)
-    head = ("linear", int(labels.max()) + 1) if command.losstype == "supervised" else ("mlp", train.out_dim)
+    width = int(labels.max()) + 1 if loss.head == "linear" else train.out_dim
     with seeded(machine.seed):
         normalize = channel_statistics(images) if train.normalize else None
-        model = build_encoder(train.arch, max(1, head[1]), normalize, head[0], command.size)
-        watermark = WatermarkMLP(model.dim) if train.watermark else None
+        model = build_encoder(train.arch, max(1, width), normalize, loss.head, command.size)
+        companion = loss.make_companion(model, len(images), command.batch_size)
+        companion = WatermarkMLP(model.dim) if train.watermark else companion
     run.record.images = len(images)
     print(f"victim: {train.arch} on {len(images)} images of {train.dataset} ({split}), {precision}")
     print(command.line())
-    SimCLR(model, loss, command[Recipe], run, watermark).train(Stored(images, command.size), labels, train.n_views)
-    if watermark:
+    SimCLR(model, loss, command[Recipe], run, companion).train(Stored(images, command.size), labels, train.n_views)
+    if train.watermark:
         test, _ = load_dataset(train.dataset, command.data, "test", command.size)
-        print(watermark_line(model, watermark.eval(), test, precision, machine.seed))
+        print(watermark_line(model, companion.eval(), test, precision, machine.seed))
     print(f"victim: {relative(run.checkpoint)}")
     victims.say_steal(command, run.folder, model, train.dataset)
 

@@ -24,7 +24,7 @@ from data_aug.augment import apply_views, draw_views, rows_of
 from data_aug.datasets import to_float
 from data_aug.images import Batch, Images, Stored
 from data_aug.recipes import VIEW_RECIPES
-from defenses.watermark import draw_turns, half_turns
+from defenses.watermark import draw_turns
 from jobs.exchange import barrier, processes, share
 from training.loop import BatchLoss, Loader, Loop
 from training.monitor import spread_of
@@ -50,9 +50,10 @@ class SimCLR(Loop):
     def train(self, images: Images, labels: Tensor | None = None, views: int = 2) -> None:
         """Train an encoder with a head on random views of images, by a loss of `loss.TRAIN_LOSSES`.
 
-        Some losses need labels (N,). With a watermark as companion, the loss of each step also has the watermark's
-        cross-entropy for the half turn that each image of the batch was given.
+        Some losses need labels (N,), some the companion by `loss.make_companion`. With a watermark as companion, the
+        loss of each step also has the watermark's cross-entropy for the half turn that each image was given.
         """
+        watermark = None if self.loss.companion else self.companion
         if views < self.loss.min_views:
             raise UserError(
                 f"this loss compares views: --n-views {views} is too few, give {self.loss.min_views} or more"
@@ -72,21 +73,23 @@ class SimCLR(Loop):
 
             def batch_loss(batch: Batch) -> tuple[Tensor, Tensor]:
                 shown = apply_views(batch.images.repeat(views, 1, 1, 1), table[rows_of(batch.local, views, count)])
-                features = self.features(self.model.project, shown, views)
-                loss = value(batch.index, features)
-                if self.companion:
-                    loss = loss + self._watermark_loss(batch, turns[rows_of(batch.local, 2, count)])
+                features, *compared = self._compared(shown, views)
+                loss = value(batch.index, *compared)
+                if watermark:
+                    degrees = turns[rows_of(batch.local, 2, count)]
+                    loss = loss + watermark.loss(self.model, batch.images, degrees, self.features)
                 return loss, features
 
             return self._loader(images, epoch), batch_loss
 
         self.fit(count, prepare, drop_last=True)
 
-    def _watermark_loss(self, batch: Batch, degrees: Tensor) -> Tensor:
-        """The watermark's loss () on a batch, whose images here are turned by these angles (2 * b,)."""
-        turned, _ = half_turns(batch.images, degrees)
-        half = torch.arange(2, device=self.device).repeat_interleave(len(batch.index))
-        return F.cross_entropy(self.features(lambda x: self.companion(self.model(x)), turned, 2), half)
+    def _compared(self, shown: Tensor, views: int) -> tuple[Tensor, ...]:
+        """Projections whose spread is watched, and what the loss compares: these, or what its companion makes."""
+        if self.loss.companion:
+            return self.companion.outputs(self.model, shown.chunk(views), self.features)
+        features = self.features(self.model.project, shown, views)
+        return features, features
 
     def mark(self, images: Images, clean: nn.Module) -> None:
         """Put SSLGuard's watermark, the companion, into an encoder that is so far the same as the `clean` one."""

@@ -5,7 +5,7 @@ The 2022 paper's proof of ownership: the owner trains the encoder together with 
 independently trained encoder it guesses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,16 @@ class WatermarkMLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.output(F.relu(self.hidden(F.relu(self.input(h)))))
+
+    def loss(self, encoder: SimCLREncoder, images: Tensor, degrees: Tensor, call: Callable[..., Tensor]) -> Tensor:
+        """The cross-entropy () of the half turns of uint8 images (b, 3, H, W), turned by these angles (2 * b,).
+
+        `call` computes features of the whole batch, as `training.loop.Loop.features`.
+        """
+        turned, _ = half_turns(images, degrees)
+        logits = call(lambda x: self(encoder(x)), turned, 2)
+        half = torch.arange(2, device=logits.device).repeat_interleave(len(logits) // 2)
+        return F.cross_entropy(logits, half)
 
 
 def draw_turns(count: int, draws: torch.Generator) -> Tensor:

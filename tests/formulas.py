@@ -112,6 +112,26 @@ def slow_symmetrized(copy, victim, views=2):
     return sum(terms) / len(terms)
 
 
+def slow_byol(predictions, targets, views=2):
+    images, total = len(predictions) // views, 0.0
+    for v in range(views):
+        for w in range(views):
+            for i in range(images if v != w else 0):
+                q, z = predictions[v * images + i], targets[w * images + i]
+                total = total + ((q / q.norm() - z / z.norm()) ** 2).sum()
+    return total / images / (views - 1)
+
+
+def slow_moco(queries, keys, temperature=0.1, views=2):
+    queries, keys, images, total = unit(queries), unit(keys), len(queries), 0.0
+    for i in range(images):
+        negative = sum(torch.exp(torch.dot(queries[i], row) / temperature) for row in keys[(views - 1) * images :])
+        for w in range(views - 1):
+            matched = torch.exp(torch.dot(queries[i], keys[w * images + i]) / temperature)
+            total = total - torch.log(matched / (matched + negative))
+    return total / images / (views - 1)
+
+
 def unit(rows):
     return torch.stack([row / row.norm() for row in rows])
 
@@ -188,6 +208,9 @@ SLOW_TRAINING = {
     "softnn": lambda rows, views=2, temperature=100.0: slow_softnn(rows[:0], rows, temperature, views / 2),
     "supcon": slow_supcon_training,
     "barlow": slow_barlow_training,
+    "simsiam": slow_symmetrized,
+    "byol": slow_byol,
+    "moco": slow_moco,
     "supervised": lambda logits, labels: slow_labels(logits, torch.eye(logits.shape[1], dtype=logits.dtype)[labels]),
 }
 

@@ -48,14 +48,20 @@ def small_encoder(out_dim=None, seed=1, dim=32):
         return SimCLREncoder(Small(dim), "small", projection_head(dim, out_dim) if out_dim else None)
 
 
+def few(loss):
+    """The loss, for batches of a few images."""
+    return loss.bind({"queue": 7, "bn_groups": 2}) if "queue" in loss.settings else loss
+
+
 def trainer(folder, model=None, losstype="infonce", resume=False, precision=FP32, **values):
     """A trainer for the encoder with a head that is given, or for a small copy without one, of two epochs of batches
     of 4; `values` are of the recipe."""
     loss = (TRAIN_LOSSES if model is not None and model.has_head else STEAL_LOSSES)[losstype]
     model = model or small_encoder()
-    with seeded(0):
-        companion = SimSiamHeads(model.output_dim, 32) if loss.predictor else None
     recipe = Recipe(**{"epochs": 2, "batch_size": 4, **values})
+    with seeded(0):
+        heads = SimSiamHeads(model.output_dim, 32) if loss.predictor else None
+        companion = heads or few(loss).make_companion(model, 12, recipe.batch_size)
     return SimCLR(model, loss, recipe, Run(folder, precision, {"kind": "stolen"}, resume), companion)
 
 

@@ -117,10 +117,11 @@ def test_bound_hyper_parameters_are_those_that_the_loss_is_computed_with(name):
 
 @pytest.mark.parametrize("table", TABLES, ids=TABLES)
 def test_declared_defaults_are_those_of_the_function(table):
-    """`loss(copy, victim)` by itself and a script without flags compute the same."""
+    """`loss(copy, victim)` by itself and a script without flags compute the same; so does a companion."""
     for loss in TABLES[table].values():
+        known = {**(inspect.signature(loss.companion).parameters if loss.companion else {}), **arguments(loss)}
         for key, declared in settings_of(loss).items():
-            assert declared.default == arguments(loss)[declared.argument or key].default
+            assert declared.default == known[declared.argument or key].default
 
 
 @pytest.mark.parametrize(
@@ -169,8 +170,12 @@ def test_stolenencoder_distances_and_lambda(distance, lambda_aug):
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("name", SLOW_TRAINING)
 def test_training_losses_match_the_formula(name, views, images):
-    rows = torch.randn(images * views, 5, generator=torch.Generator().manual_seed(1))
-    assert_agree(TRAIN_LOSSES[name], SLOW_TRAINING[name], rows, **options_for(TRAIN_LOSSES[name], images, views))
+    loss, draws = TRAIN_LOSSES[name], torch.Generator().manual_seed(1)
+    rows = torch.randn(images * views, 5, generator=draws)
+    compared = [torch.randn(images * views, 5, generator=draws)] if loss.companion else []
+    if name == "moco":  # the first view's queries; the others' keys, and a queue
+        rows, compared = rows[:images], [torch.randn((views - 1) * images + 9, 5, generator=draws)]
+    assert_agree(loss, SLOW_TRAINING[name], rows, *compared, **options_for(loss, images, views))
 
 
 def test_mse_between_views_matches_the_formula():

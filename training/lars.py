@@ -11,7 +11,7 @@ class LARS(torch.optim.SGD):
 
     For a parameter w with gradient g, SGD with momentum gets (g + weight_decay w) * trust |w| / (|g| + weight_decay |w|
     + eps) as the gradient, or g + weight_decay w where w or g is 0. Norms are Euclidean. Biases and batch norms are
-    included, as in the 2022 code.
+    included, as in the 2022 code. A group with `plain` is left to SGD with momentum, without weight decay.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class LARS(torch.optim.SGD):
         """Take a step; this changes the gradients in place."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
+            if not weights or group.get("plain"):
                 continue
             gradients = [weight.grad for weight in weights]
             # Norms stay on the device: nothing here waits for it.

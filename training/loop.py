@@ -36,10 +36,16 @@ class Loop:
     """Trains `model`, in place, by a loss and a recipe, inside the folder of `run`.
 
     `companion` is trained with the model, and saved in its checkpoint under `companion.checkpoint_key`: a copy's heads
-    for SimSiam's loss, or a victim's watermark. A resumed run continues after its last finished epoch, or from the step
-    at which a signal stopped it, with the draws that the uninterrupted run would have made. With several processes a
-    batch is shared among them, and the weights are those of a single process up to rounding, where they can share an
-    epoch's last batch too.
+    for SimSiam's loss, a victim's watermark, or what the victim's loss trains beside it. It may have two methods:
+
+    groups(model)                the optimizer's groups of parameters. A group's `rate`, times `decay` after each epoch,
+                                 replaces the recipe's rate; with `constant` that has no schedule
+    after_step(model, progress)  called after each step of the optimizer, in every process; progress is the share of the
+                                 run's steps that came before
+
+    A resumed run continues after its last finished epoch, or from the step at which a signal stopped it, with the draws
+    that the uninterrupted run would have made. With several processes a batch is shared among them, and the weights are
+    those of a single process up to rounding, where they can share an epoch's last batch too.
     """
 
     def __init__(
@@ -53,7 +59,7 @@ class Loop:
         self.precision = run.precision
         self.device = run.precision.device
         self.model = model.to(self.device, memory_format=self.precision.memory_format)
-        self.companion = companion.to(self.device) if companion else None
+        self.companion = companion.to(self.device, memory_format=self.precision.memory_format) if companion else None
         self.loss, self.recipe, self.run = loss, recipe, run
         self.optimizer = self._optimizer()
         self.scaler = self.precision.grad_scaler()
@@ -101,7 +107,8 @@ class Loop:
         begun = self._begun(epoch)
         lr = learning_rate(recipe, epoch, period)
         for group in self.optimizer.param_groups:
-            group["lr"] = group.get("rate", lr) * group.get("decay", 1.0) ** epoch
+            scheduled = recipe.lr if group.get("constant") else lr
+            group["lr"] = group.get("rate", scheduled) * group.get("decay", 1.0) ** epoch
         self._mode(training=True)
         sizes = [len(part) for part in index]
         batches = torch.cat([*index]).to(self.device).split(sizes)[begun["step"] :]
@@ -114,6 +121,8 @@ class Loop:
                 loss, features = batch_loss(batch)
                 watch.add(loss.detach(), features.detach())
                 self._step(loss, watch)
+                if hasattr(self.companion, "after_step"):
+                    self.companion.after_step(self.model, (epoch * steps + step) / self._steps)
             mean, spread = watch.close()
         seconds = time.perf_counter() - started
         speed = sum(sizes[begun["step"] :]) / seconds
@@ -200,9 +209,11 @@ class Loop:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         recipe = self.recipe
-        parameters = [*self.model.parameters(), *(self.companion.parameters() if self.companion else ())]
         if hasattr(self.companion, "groups"):  # parts with learning rates of their own
             parameters = self.companion.groups(self.model)
+        else:
+            modules = [module for module in (self.model, self.companion) if module]
+            parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "adam":
             return torch.optim.Adam(parameters, **options, fused=True)

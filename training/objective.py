@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from settings import Command, Settings, setting, settings_of
 
@@ -19,6 +19,12 @@ class LossChoice(Settings):
     title = "training"
 
 
+def temperature_setting(default: float) -> Any:
+    """The temperature of a contrastive loss; all of them share the flag."""
+    known = "0.07, of contsteal and contsteal-paper 0.5, of moco 0.1"
+    return setting(default, "temperature of contrastive losses", above=0, otherwise=known)
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss with its hyper-parameters as published, and what it needs: `loss(copy, victim, **arguments)`.
@@ -27,7 +33,9 @@ class Loss:
     per image. plain_first: the first row of an image is the image itself, the others are augmentations. unit_answers:
     answers are brought to unit length before they are averaged or compared. nonnegative: no row may have a negative
     number. predictor: the loss compares the outputs of SimSiam's heads. augment: the recipe of a victim's random views,
-    a name in `VIEW_RECIPES`.
+    a name in `VIEW_RECIPES`. companion: makes what is trained beside a victim's encoder (`training/siamese.py`), from
+    the settings that it takes. head: the kind of a victim's head, see `models.simclr.projection_head`. more: presets of
+    further settings.
 
     A function with an argument `views` gets the number of rows per image, a function with an argument `labels` the
     labels of the batch's images.
@@ -46,14 +54,28 @@ class Loss:
     nonnegative: bool = False
     predictor: bool = False
     augment: str = "simclr"
+    companion: Callable[..., nn.Module] | None = None
+    head: str = "mlp"
+    more: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     title = "training"
 
     def __call__(self, *features: Tensor, **arguments: Any) -> Tensor:
         """The loss of features, with the bound hyper-parameters where `arguments` have no others."""
-        declared = settings_of(self)
+        return self.function(*features, **{**self._bound(self.function), **arguments})
+
+    def make_companion(self, encoder: nn.Module, images: int, batch_size: int) -> nn.Module | None:
+        """The companion of an encoder with a head that is trained on so many images; None where the loss has none.
+
+        Its weights are drawn from the global generator (see `utils.seeded`). UserError for a batch size it cannot use.
+        """
+        return self.companion and self.companion(encoder, images, batch_size, **self._bound(self.companion))
+
+    def _bound(self, taker: Callable[..., Any]) -> dict[str, Any]:
+        """The bound hyper-parameters that a function or a class takes."""
+        declared, taken = settings_of(self), inspect.signature(taker).parameters
         bound = {declared[name].argument or name: value for name, value in self.values.items()}
-        return self.function(*features, **{**bound, **arguments})
+        return {name: value for name, value in bound.items() if name in taken}
 
     def bind(self, values: Mapping[str, Any]) -> "Loss":
         """The loss with these hyper-parameters. UserError for a value out of range."""
@@ -63,8 +85,9 @@ class Loss:
 
     @property
     def presets(self) -> dict[str, Any]:
-        """Values of `training.recipe.Recipe` where neither the command line nor an attack has others."""
-        return {name: getattr(self, name) for name in ("batch_size", "lr", "weight_decay", "optimizer", "momentum")}
+        """Values of the recipe, and others, where neither the command line nor an attack has others."""
+        names = ("batch_size", "lr", "weight_decay", "optimizer", "momentum")
+        return {**{name: getattr(self, name) for name in names}, **self.more}
 
     @functools.cached_property
     def _arguments(self) -> frozenset[str]:
