@@ -81,7 +81,7 @@ def parse(line: Sequence[str] | None = None) -> Command:
     loss = command.use(replace(loss, augment=views), preset)
     command.use(Train, loss.presets, {"n_views": loss.min_views})
     command.use(Recipe, preset, loss.presets, seed=command.seed, recipe=command.recipe)
-    newer = loss.companion and f"with the loss {command.losstype}, which 2022 lacked and which has its own companion"
+    newer = loss.companion and f"with the loss {command.losstype}, which is not of 2022 and has a companion of its own"
     command.refuse_idle(recipe=newer, watermark=newer)
     return command
 

@@ -119,7 +119,7 @@ def slow_byol(predictions, targets, views=2):
             for i in range(images if v != w else 0):
                 q, z = predictions[v * images + i], targets[w * images + i]
                 total = total + ((q / q.norm() - z / z.norm()) ** 2).sum()
-    return total / images / (views - 1)
+    return 2 * total / images / (views * (views - 1))
 
 
 def slow_moco(queries, keys, temperature=0.1, views=2):

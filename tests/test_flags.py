@@ -38,6 +38,7 @@ LARGE_SGD = {
 HEADED = ("--pretrained", "headed.pth.tar")
 STOLEN_LARGE = ("--modeltype", "stolen")
 SGD, SYMMETRIZED = ("--optimizer", "sgd"), ("--losstype", "symmetrized", "-b", "6")
+MOCO = ("--losstype", "moco", "--bn-groups", "2")
 
 # What leaves the result as it is: seen in the tests of resumption and of Run, in the last one here, and in every test.
 ELSEWHERE = {"help", "data", "checkpoint_dir", "device", "gpu_index", "workers", "resume", "clear", "logdir"}
@@ -90,7 +91,7 @@ FOUND = {
     **{"poison_threshold": "0.5", "poison_memory": "7", "top_k": "8", "dimensions": "8", "transform": "binary"},
     **{"bucket_bits": "3", "bucket_lambda": "0.1", "bucket_alpha": "5", "bucket_beta": "2", "detection_bits": "3"},
     **{"bucket_cells": "kmeans", "jitter": "3", "copy_normalize": "none", "query_space": "own.pth.tar"},
-    **{"query_views": "mild", "views": "mild"},
+    **{"query_views": "mild", "views": "mild", "ema": "0.5", "queue": "9", "bn_groups": "2"},
     **{"detection_memory": "7", "temperature": "0.5", "temperaturesn": "5", "distance": "l1", "lambda_aug": "2"},
 }
 
@@ -112,6 +113,9 @@ EFFECTS = {
             "out_dim": "64",
             "temperature": "0.5",
             "temperaturesn": (("--losstype", "softnn"), "1"),
+            "ema": (("--losstype", "byol", "--epochs", "2"), "0.5"),
+            "queue": (MOCO, "8"),
+            "bn_groups": (MOCO, "4"),
             "n_views": "3",
             "preset": "modern",
             "views": "mild",

@@ -17,6 +17,7 @@ from loss import STEAL_LOSSES, TRAIN_LOSSES
 from models import SimSiamHeads, build_copy, build_encoder
 from simclr import SimCLR
 from tests.jobs import run_job
+from tests.networks import few
 from training.recipe import Recipe
 from training.run import Run
 from utils import Precision, seeded
@@ -35,7 +36,7 @@ def recipe_and_run(folder) -> tuple[Recipe, Run]:
 
 def at_half(loss):
     """The loss, at a temperature of 0.5 if it has one of contrastive losses."""
-    return loss.bind({"temperature": 0.5}) if "temperature" in loss.settings else loss
+    return loss.bind({**loss.values, "temperature": 0.5}) if "temperature" in loss.settings else loss
 
 
 def pictures() -> Tensor:
@@ -70,12 +71,12 @@ def train_all(folder) -> None:
 
 def train_victims(folder) -> None:
     images, labels = pictures(), torch.arange(IMAGES) % 4
-    for name in ("infonce", "softnn", "supcon", "barlow", "supervised"):
-        views = TRAIN_LOSSES[name].min_views
+    for name in TRAIN_LOSSES:
+        encoder, loss = new_encoder(), at_half(few(TRAIN_LOSSES[name]))
         with seeded(4):
-            mark = WatermarkMLP(256) if name == "infonce" else None
-        trainer = SimCLR(new_encoder(), at_half(TRAIN_LOSSES[name]), *recipe_and_run(folder / f"victim-{name}"), mark)
-        trainer.train(Stored(images), labels, views)
+            companion = WatermarkMLP(256) if name == "infonce" else loss.make_companion(encoder, IMAGES, 8)
+        trainer = SimCLR(encoder, loss, *recipe_and_run(folder / f"victim-{name}"), companion)
+        trainer.train(Stored(images), labels, loss.min_views)
 
 
 def steal_copies(folder) -> None:
@@ -133,7 +134,7 @@ def many_processes(request, tmp_path_factory):
 
 
 RUNS = [
-    *(f"victim-{name}" for name in ("infonce", "softnn", "supcon", "barlow", "supervised")),
+    *(f"victim-{name}" for name in TRAIN_LOSSES),
     *(f"copy-{name}" for name in ("infonce", "contsteal", "symmetrized", "rda")),
 ]
 

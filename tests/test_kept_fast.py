@@ -18,7 +18,7 @@ from loss import STEAL_LOSSES, TRAIN_LOSSES
 from models import SimSiamHeads, build_encoder
 from simclr import SimCLR
 from tests.conftest import ROOT
-from tests.networks import FP32, small_encoder
+from tests.networks import FP32, few, small_encoder
 from training.loop import Loop
 from training.monitor import Watch
 from training.objective import Loss
@@ -56,9 +56,9 @@ def test_the_meta_device_tells_who_waits(on_meta):
 
 @pytest.mark.parametrize("name", TRAIN_LOSSES)
 def test_no_step_of_a_victims_training_waits_for_the_device(name, on_meta, images, tmp_path):
-    loss = TRAIN_LOSSES[name]
-    recipe = Recipe(epochs=2, batch_size=4)
-    trainer = SimCLR(build_encoder("resnet10w32", 4), loss, recipe, Run(tmp_path, META))
+    loss, recipe, encoder = few(TRAIN_LOSSES[name]), Recipe(epochs=2, batch_size=4), build_encoder("resnet10w32", 4)
+    companion = loss.make_companion(encoder, 12, 4)
+    trainer = SimCLR(encoder, loss, recipe, Run(tmp_path, META), companion)
     trainer.train(Stored(images), torch.arange(12) % 4, loss.min_views)
     assert len(on_meta) == 6
 

@@ -53,6 +53,24 @@ def test_a_step_is_in_proportion_to_the_weights_not_to_the_gradient():
     assert steps == pytest.approx([0.001, 0.001], rel=1e-4)
 
 
+def test_a_plain_group_is_moved_by_sgd_without_weight_decay():
+    """Beside a group that is adapted, whose steps are as without it."""
+    draws = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3, generator=draws, dtype=torch.float64) for _ in range(2)]
+    adapted, plain = (torch.nn.Parameter(weight.clone()) for weight in weights)
+    optimizer = LARS([{"params": [adapted]}, {"params": [plain], "plain": True}], lr=0.5, weight_decay=0.1)
+    gradients = [torch.randn(2, 3, generator=draws, dtype=torch.float64) for _ in range(3)]
+    speed, by_hand = torch.zeros(3, dtype=torch.float64), weights[1].clone()
+    for pair in gradients:
+        adapted.grad, plain.grad = pair.clone().unbind()
+        optimizer.step()
+        speed = 0.9 * speed + pair[1]
+        by_hand = by_hand - 0.5 * speed
+    torch.testing.assert_close(plain.detach(), by_hand)
+    (expected,) = slow(weights[:1], lambda step: gradients[step][:1], lambda step: 0.5, 0.9, 0.1, 3)
+    torch.testing.assert_close(adapted.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_parameters_without_gradient_stay():
     used, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     used.grad = torch.ones(3)

@@ -214,7 +214,18 @@ CONTRASTIVE = {
     "supcon": (256, 0.05, 1e-4, *SGD),
 }
 PUBLISHED = [
-    (TRAIN_LOSSES, {**CONTRASTIVE, "barlow": (256, 3e-4, 1e-4, *ADAM), "supervised": (128, 0.1, 5e-4, *SGD)}),
+    (
+        TRAIN_LOSSES,
+        {
+            **CONTRASTIVE,
+            "barlow": (256, 3e-4, 1e-4, *ADAM),
+            # Besides these the epochs before the cosine, those of the warm-up, the width of the projections.
+            "simsiam": (512, 0.06, 5e-4, *SGD, 0, 2048),
+            "byol": (512, 0.4, 1.5e-6, "lars", 0.9, 0, 10, 256),
+            "moco": (512, 0.06, 5e-4, *SGD, 0),
+            "supervised": (128, 0.1, 5e-4, *SGD),
+        },
+    ),
     (
         STEAL_LOSSES,
         {
@@ -279,8 +290,24 @@ def test_a_flag_comes_before_a_victims_preset():
 def test_a_loss_has_of_a_preset_what_is_a_setting_of_its_own():
     assert parse(run, "--preset modern --losstype softnn")[Loss].values == {"temperaturesn": 100.0}
     assert parse(run, "--preset modern --losstype barlow")[Loss].values == {}
+    assert parse(run, "--preset modern --losstype moco")[Loss].values["temperature"] == 0.2
+    assert parse(run, "--preset modern --losstype byol")[Recipe].warmup_epochs == 10
     assert parse(run, "--losstype supervised --views mild")[Loss].augment == "mild"
     assert parse(run, "--losstype supervised")[Loss].augment == "crop-flip"
+
+
+def test_a_loss_sets_what_its_authors_set_besides_the_recipe():
+    """Where nothing else is given: width of the projections, schedule, hyper-parameters of what it trains beside."""
+    expected = {
+        "simsiam": {"out_dim": 2048, "flat_epochs": 0, "warmup_epochs": 0},
+        "byol": {"out_dim": 256, "flat_epochs": 0, "warmup_epochs": 10, "ema": 0.996},
+        "moco": {"out_dim": 128, "flat_epochs": 0, "ema": 0.99, "queue": 4096, "bn_groups": 8, "temperature": 0.1},
+    }
+    for name, values in expected.items():
+        config = parse(run, f"--losstype {name}").config()
+        assert {key: config[key] for key in values} == values
+    command = parse(run, "--losstype byol --out_dim 64 --ema 0.9 --flat-epochs 3")
+    assert (command.out_dim, command[Loss].values, command[Recipe].flat_epochs) == (64, {"ema": 0.9}, 3)
 
 
 def test_the_2022_command_lines_parse():
@@ -322,6 +349,12 @@ IDLE = [
     (run, "--losstype softnn --temperature 0.1", "with the loss softnn"),
     (run, "--momentum 0.5", "with --optimizer adam"),
     (run, "--losstype supervised --out_dim 64", "with the loss supervised"),
+    (run, "--ema 0.9", "with the loss infonce"),
+    (run, "--losstype simsiam --ema 0.9", "with the loss simsiam"),
+    (run, "--losstype byol --queue 9", "with the loss byol"),
+    (run, "--losstype barlow --bn-groups 2", "with the loss barlow"),
+    (run, "--losstype moco --watermark True", "with the loss moco"),
+    (run, "--losstype byol --recipe released", "with the loss byol"),
     (run, "--losstype supervised --preset modern", "with the loss supervised"),
     (run, "--recipe released --preset modern", "with --recipe released"),
     (run, "--sslguard v --preset modern", "with --sslguard"),

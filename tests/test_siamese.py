@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ import linear_eval
 import run
 import steal
 from data_aug.augment import apply_views, draw_views, rows_of
+from data_aug.datasets import DATASETS
 from data_aug.images import Stored
+from data_aug.recipes import VIEW_RECIPES
 from loss import TRAIN_LOSSES
 from models import load_encoder, projection_head, read_checkpoint
 from tests.conftest import made
-from tests.networks import few, losses, same, small_encoder, trainer, weights
+from tests.networks import losses, same, small_encoder, trainer, weights
 from tests.test_training import Killed, kill_in_epoch
 from training.siamese import BYOL, SIAMESE_LOSSES, MoCo
 from utils import UserError, generator, seeded
@@ -142,7 +145,7 @@ def test_the_queue_has_the_last_keys(queue, keys):
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_mocos_keys_are_normalised_with_other_images_than_their_queries(groups):
     """Each image's row is as batch norm over its group makes it; groups by the places in the batch, written out."""
-    size = 12
+    size = 12 if groups != 4 else 16
     model, views = encoder().train(), (pictures(size), pictures(size, 1))
     companion = MoCo(model, 50, size, queue=5, bn_groups=groups).train()
     by_hand = copy.deepcopy(model)
@@ -158,9 +161,10 @@ def test_mocos_keys_are_normalised_with_other_images_than_their_queries(groups):
             expected = by_hand.project(view[places])
             expected = F.normalize(expected, dim=1) if rows is not queries else expected
             torch.testing.assert_close(rows[places], expected, rtol=1e-3, atol=1e-4)
-    for a in range(size if size >= groups**2 else 0):
-        others = [b for b in range(size) if b != a and of_query[a] == of_query[b]]
-        assert groups == 1 or not all(of_key[a] == of_key[b] for b in others)
+    if size % groups**2 == 0:  # the images of a query's group are dealt evenly to the groups of keys
+        pairs = Counter(zip(of_query, of_key, strict=True))
+        assert set(pairs.values()) == {size // groups**2}
+        assert len(pairs) == groups**2
 
 
 def test_a_batch_without_such_groups_is_refused_in_one_line():
@@ -176,14 +180,8 @@ def test_a_batch_without_such_groups_is_refused_in_one_line():
 def batch_of(images, epoch=0):
     """The views of the whole set in an epoch, in the epoch's order, one tensor for each view."""
     order = torch.randperm(len(images), generator=generator(0, "order", epoch))
-    table = draw_views(2 * len(images), 32, 32, 32, generator(0, "views", epoch), recipe=_views())
+    table = draw_views(2 * len(images), 32, 32, 32, generator(0, "views", epoch), VIEW_RECIPES["simclr-cifar"])
     return apply_views(images[order].repeat(2, 1, 1, 1), table[rows_of(order, 2, len(images))]).chunk(2)
-
-
-def _views():
-    from data_aug.recipes import VIEW_RECIPES
-
-    return VIEW_RECIPES["simclr-cifar"]
 
 
 @pytest.mark.parametrize("name", SIAMESE_LOSSES)
@@ -251,8 +249,6 @@ SHAPES = ("--dataset", "shapes", "--arch", "resnet10w32", "--device", "cpu")
 @pytest.fixture(scope="module", autouse=True)
 def drawn_once():
     """The embedded data set takes a second to draw: once is enough here."""
-    from data_aug.datasets import DATASETS
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "shapes", functools.cache(DATASETS["shapes"]))
         yield
@@ -260,16 +256,18 @@ def drawn_once():
 
 def test_a_victim_by_byol_learns_and_is_stolen(call, tmp_path):
     """Some seconds of training beat the untrained encoder; one command each trains, steals and judges."""
-    train = ("--losstype", "byol", "--num-train", "512", "-b", "64", "--ema", "0.9", "--lr", "0.4")
-    code, out, err = call(run, *SHAPES, *train, "--epochs", "6", "--warmup-epochs", "1")
+    train = ("--losstype", "byol", "--num-train", "512", "-b", "32", "--ema", "0.9", "--epochs", "6")
+    fast = ("--optimizer", "adam", "--lr", "0.002", "--wd", "1e-4", "--warmup-epochs", "0")
+    code, out, err = call(run, *SHAPES, *train, *fast)
     assert code == 0, err
     victim = made(out)
     assert companion_state(tmp_path / victim.rpartition("/")[0]).keys() > {"predictor.0.weight"}
     judge = ("--dataset-test", "shapes", "-n", "500", "--num-test", "500", "--device", "cpu")
     scores = {}
     for kind in ("victim", "random"):
-        named = ("--victim", victim) if kind == "victim" else SHAPES[:4]
-        assert call(linear_eval, *judge, "--modeltype", kind, *named)[0] == 0
+        named = ("--victim", victim) if kind == "victim" else SHAPES[2:4]
+        code, _, err = call(linear_eval, *judge, "--modeltype", kind, *named)
+        assert code == 0, err
         scores[kind] = json.loads((tmp_path / "checkpoints/results.jsonl").read_text().splitlines()[-1])
     assert scores["victim"]["top1_converged"] > scores["random"]["top1_converged"] + 5
     copied = ("--datasetsteal", "shapes", "--num_queries", "64", "--epochs", "1", "-b", "16", "--losstype", "mse")
@@ -283,4 +281,3 @@ def test_what_they_cannot_be_combined_with_is_refused(name, refused):
     for flags in (("--recipe", "released"), ("--watermark", "True")):
         assert f"{flags[0]} has no effect with the loss {name}" in refused(run, *SHAPES, "--losstype", name, *flags)
     assert name in refused(steal, *SHAPES, "--losstype", name)
-    assert few(TRAIN_LOSSES[name]).companion is TRAIN_LOSSES[name].companion

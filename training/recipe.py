@@ -26,7 +26,7 @@ class Protocol(Settings):
 # Values of run.py's settings where the command line has none; those of the loss come after these. A setting that the
 # loss does not have, such as a temperature, is left out. docs/protocol.md has the measurements behind `modern`.
 PRESETS: dict[str, Mapping[str, Any]] = {
-    # Dziedzic et al., ICML 2022: the values of each loss.
+    # Dziedzic et al., ICML 2022: the values of each loss; of a newer loss, its authors'.
     "2022": {},
     # The views are those of Chen et al. 2020 on CIFAR-10; temperature, rate and batch size are by a small sweep.
     "modern": {
