@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from defenses.base import Call, Defence, setting
-from utils import generator
+from utils import UserError, generator
 
 Map = Callable[[Tensor], Tensor]
 Draw = Callable[[int, torch.Generator], Map]  # from the width of the answers that a map takes
@@ -17,6 +17,7 @@ WIDENING: dict[str, Callable[[int], int]] = {
     **dict.fromkeys(("pad", "add", "affine-pad-shuffle", "binary"), lambda dim: dim),
     "quarter-pad-shuffle": lambda dim: max(1, dim // 4),
 }
+CORRELATED = 25  # numbers of an answer of which WET makes one
 
 
 def _orthogonal(dim: int, draws: torch.Generator) -> Map:
@@ -74,6 +75,21 @@ def _binary(dim: int, draws: torch.Generator) -> Map:
     return lambda answers: (answers @ normals.to(answers) > offset.to(answers)).to(answers)
 
 
+def _wet(dim: int, draws: torch.Generator) -> Map:
+    """WET's circulant matrix of full rank (Shetty et al., ACL 2025): each number is a mean of some of the answer's.
+
+    The first row has numbers from U(0, 1) at random places, divided by their sum. Its discrete Fourier transform is the
+    matrix's eigenvalues; a row with a zero among them is drawn again. Answers keep the length that the map gives them.
+    """
+    row = torch.zeros(dim)
+    while torch.fft.fft(row.double()).abs().min() < 1e-6:
+        places = torch.randperm(dim, generator=draws)[:CORRELATED]
+        row = torch.zeros(dim).index_copy(0, places, torch.rand(len(places), generator=draws))
+        row = row / row.sum()
+    matrix = torch.stack([row.roll(shift) for shift in range(dim)])
+    return lambda answers: answers @ matrix.to(answers).T
+
+
 # ---- variants of this project ----------------------------------------------------------------------------------------
 
 
@@ -105,10 +121,12 @@ KINDS: dict[str, Draw] = {
     "add": _add,
     "affine-pad-shuffle": _affine_pad_shuffle,
     "binary": _binary,
+    "wet": _wet,
     "mild-scale-shuffle": _mild_scale_shuffle,
     "quarter-pad-shuffle": _quarter_pad_shuffle,
     "binary-origin": _binary_origin,
 }
+AFFINE = [kind for kind in KINDS if "binary" not in kind]  # the kinds that can be undone
 
 
 @dataclass
@@ -117,7 +135,8 @@ class Transform(Defence):
 
     affine, pad, add, affine-pad-shuffle and binary are B4B's, as its code has them. orthogonal and shuffle preserve
     distances and angles, so a user's task does not suffer; mild-scale-shuffle, quarter-pad-shuffle and binary-origin
-    are variants of this project. `--defence buckets,transform` is B4B's complete defence.
+    are variants of this project. `--defence buckets,transform` is B4B's complete defence. wet is WET's, whose map is
+    evidence: `verify.py --method transform` undoes the map of an account on a suspect's representations.
     """
 
     transform: str = setting("orthogonal", "kind of secret map that transform draws for each account", choices=KINDS)
@@ -126,8 +145,24 @@ class Transform(Defence):
     def width(self, dim: int) -> int:
         return dim + WIDENING.get(self.transform, lambda dim: 0)(dim)
 
+    def map_of(self, account: str, dim: int) -> Map:
+        """The map of an account's answers (B, dim)."""
+        return KINDS[self.transform](dim, generator(self.secret, f"transform/{account}"))
+
+    def inverse(self, account: str, dim: int) -> Map:
+        """What undoes the map of an account, by the pseudoinverse of its matrix: rows (B, width(dim)) -> (B, dim).
+
+        UserError for a map that is not affine.
+        """
+        if self.transform not in AFFINE:
+            raise UserError(f"--transform {self.transform} cannot be undone: choose from {', '.join(AFFINE)}")
+        here = self.map_of(account, dim)
+        shift = here(torch.zeros(1, dim, dtype=torch.float64))
+        matrix = here(torch.eye(dim, dtype=torch.float64)) - shift
+        undo = matrix.T @ torch.linalg.inv(matrix @ matrix.T)  # its rows are independent, and this needs no SVD
+        return lambda rows: ((rows.cpu().double() - shift) @ undo).to(rows)
+
     def __call__(self, answers: Tensor, call: Call) -> Tensor:
         if call.account not in self._maps:
-            draws = generator(self.secret, f"transform/{call.account}")
-            self._maps[call.account] = KINDS[self.transform](answers.shape[1], draws)
+            self._maps[call.account] = self.map_of(call.account, answers.shape[1])
         return self._maps[call.account](answers)

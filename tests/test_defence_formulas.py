@@ -15,6 +15,7 @@ from data_aug.digests import perceptual_hashes
 from defenses.buckets import Buckets, Centroids, Coverage, Hyperplanes, even_coverage, queries_for
 from defenses.noise import Noise
 from defenses.poisoning import detection_figures, repeats
+from defenses.transform import AFFINE, KINDS, Transform
 from models.simclr import SimCLREncoder
 from tests.test_defences import DIM, Pixels, ask, random_images, represent, stream, victim_with
 from utils import UserError
@@ -299,6 +300,42 @@ def test_padding_adds_constants(kind, constants, images):
         return
     torch.testing.assert_close(answers[:, ~constant].sort(dim=1).values, h.sort(dim=1).values)
     assert torch.allclose(answers[:, ~constant], h) == (kind == "add")
+
+
+def test_wets_map_is_circulant_and_makes_each_number_a_mean(images):
+    """The matrix by its definition: row i is the first row, shifted by i."""
+    transform = Transform(secret=7, transform="wet")
+    for dim in (DIM, 64):
+        matrix = transform.map_of("default", dim)(torch.eye(dim)).T
+        first = matrix[0].tolist()
+        expected = [[first[(j - i) % dim] for j in range(dim)] for i in range(dim)]
+        torch.testing.assert_close(matrix, torch.tensor(expected))
+        assert matrix.sum(dim=1).tolist() == pytest.approx([1] * dim)
+        assert min(first) == 0 or dim < 25
+        assert sum(number > 0 for number in first) == min(dim, 25)
+        assert np.linalg.matrix_rank(matrix.numpy()) == dim
+    h, matrix = represent(images), transform.map_of("default", DIM)(torch.eye(DIM)).T
+    torch.testing.assert_close(transformed("wet", images), torch.stack([matrix @ row for row in h]))
+
+
+@pytest.mark.parametrize("kind", AFFINE)
+def test_what_an_account_was_given_is_undone_by_its_map_alone(kind, images):
+    h, transform = represent(images), Transform(secret=7, transform=kind)
+    answers = transformed(kind, images, "a")
+    torch.testing.assert_close(transform.inverse("a", DIM)(answers), h, rtol=1e-3, atol=1e-2)
+    assert (transform.inverse("b", DIM)(answers) - h).abs().max() > 0.5
+    dense = transform.map_of("a", DIM)
+    shift = dense(torch.zeros(1, DIM)).double()
+    matrix = dense(torch.eye(DIM)).double() - shift
+    other = torch.randn(5, transform.width(DIM), generator=torch.Generator().manual_seed(0))
+    expected = (other.double() - shift) @ torch.linalg.pinv(matrix)
+    torch.testing.assert_close(transform.inverse("a", DIM)(other).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_not_affine_is_not_undone():
+    for kind in set(KINDS) - set(AFFINE):
+        with pytest.raises(UserError, match=f"--transform {kind} cannot be undone: choose from orthogonal, "):
+            Transform(transform=kind).inverse("default", DIM)
 
 
 def test_binary_answers_say_on_which_sides_of_planes_through_random_points():
