@@ -10,6 +10,7 @@ from torch import nn
 
 from defenses import DEFENCES, DefenceChoice, parse_defences, use_defences
 from defenses.buckets import CELLS
+from defenses.mark import RULES
 from defenses.poisoning import detection_figures
 from defenses.transform import KINDS
 from models.simclr import SimCLREncoder
@@ -65,7 +66,8 @@ STRONG = {
     "bucket_alpha": 5.0,
     "bucket_beta": 30.0,
 }
-CASES = [(name, {}) for name in DEFENCES if name != "transform"]
+CASES = [(name, {}) for name in DEFENCES if name not in ("transform", "mark")]
+CASES += [("mark", {"mark_rule": rule}) for rule in RULES]
 CASES += [("transform", {"transform": kind}) for kind in KINDS]
 CASES += [("noise", {"consistent_noise": True})]
 CASES += [("buckets", {"bucket_cells": cells}) for cells in CELLS if cells != "hyperplanes"]
@@ -132,7 +134,7 @@ def test_what_one_account_asks_changes_nothing_for_another(images, name, setting
 def test_accounts_have_draws_of_their_own(images, name, settings):
     victim = victim_with(name, **settings)
     same = torch.equal(ask(victim, images, account="a"), ask(victim, images, account="b"))
-    assert same == ((name, settings) not in RANDOM or settings == {"consistent_noise": True})
+    assert same == ((name, settings) not in RANDOM or settings == {"consistent_noise": True} or name == "mark")
 
 
 @every_case
@@ -141,6 +143,10 @@ def test_no_answer_is_the_clean_one(images, name, settings):
     clean = represent(images)
     if name == "detection":  # it only watches
         assert torch.equal(answers, clean)
+        return
+    if name == "mark":  # it changes few
+        changed = (answers != clean).any(dim=1)
+        assert 0 < changed.sum() < len(answers) / 2
         return
     if name == "poisoning":  # the first query has nothing before it
         assert torch.equal(answers[0], clean[0])
@@ -266,6 +272,8 @@ RANGES = {
     ("rounding", "decimals"): ([0, 6], [-1, 7]),
     ("topk", "top_k"): ([1, DIM], [0, -1]),
     ("truncate", "dimensions"): ([1, DIM], [0, -1]),
+    ("mark", "mark_rule"): ([*RULES], ["warden", ""]),
+    ("mark", "mark_directions"): ([1, 7], [0, -1]),
     ("transform", "transform"): ([*KINDS], ["spin", ""]),
     ("buckets", "bucket_bits"): ([1, 10], [0, 25]),  # 24 bits: 16 million buckets
     ("buckets", "bucket_cells"): ([*CELLS], ["squares", ""]),
