@@ -1,4 +1,4 @@
-"""Is this encoder stolen? Tests for the victim's watermark, its training images (dataset inference), its similarity.
+"""Is this encoder stolen? Tests for the victim's watermark, marks in answers, training images, similarity.
 
 python verify.py --method watermark --victim VICTIM.pth.tar --suspect SUSPECT.pth.tar --independent A.pth.tar B.pth.tar
 python verify.py --suspects FOLDER --victim VICTIM.pth.tar --shadows 20      # many suspects, ranked by all methods
@@ -16,7 +16,17 @@ from collections.abc import Sequence
 import jobs.early  # noqa: F401
 
 from data_aug.sizes import Data, settle_size
-from evaluation.candidates import RANKING, Encoders, OwnershipTest, add_control, dataset_of, open_candidates
+from defenses import DEFENCES
+from evaluation.candidates import (
+    IN_ANSWERS,
+    RANKING,
+    Encoders,
+    OwnershipTest,
+    add_control,
+    dataset_of,
+    open_candidates,
+    use_test,
+)
 from evaluation.ownership import METHODS, measure_all
 from evaluation.verdict import (
     add_verdict_rows,
@@ -39,7 +49,7 @@ from victim import version_of
 def make_parser() -> Parser:
     return Parser(
         __doc__,
-        (Data, Encoders, OwnershipTest, Ranking, Machine, Threads),
+        (Data, Encoders, OwnershipTest, *(DEFENCES[name] for name in IN_ANSWERS), Ranking, Machine, Threads),
         kind="verify",
         core=("method", "seed"),
         implied=("suspect", "dataset"),
@@ -48,7 +58,8 @@ def make_parser() -> Parser:
 
 def parse(line: Sequence[str] | None = None) -> Command:
     command = make_parser().parse(line)
-    command.use_all(Data, Encoders, OwnershipTest, Machine, Threads)
+    command.use_all(Data, Encoders, Machine, Threads)
+    use_test(command)
     if command.suspects or command.method == RANKING:
         use_ranking(command)
     elif command.method is None:

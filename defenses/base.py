@@ -79,6 +79,8 @@ class Defence(Settings, ABC):
     @classmethod
     def absent(cls, command: Command) -> str:
         """Why the settings have no effect where the defence is not in force."""
+        if "defence" not in command.parser.settings:  # of a script that looks for the defence's traces
+            return f"without --method {cls.__name__.lower()}"
         return f"with --defence {command.defence}" if command.defence else "without --defence"
 
     def normal(self, call: Call, width: int, by_image: bool = False) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from attacks import victims
-from data_aug.datasets import DATASETS, canonical_name, check_name, load_training
+from data_aug.datasets import DATASETS, canonical_name, check_name, load_queries, load_training
 from data_aug.sizes import SIZE
+from defenses import DEFENCES, Defence
 from defenses.dataset_inference import Mixture, published_mixture
 from evaluation.alignment import Aligned, Alignment
 from evaluation.fidelity import untrained_like
-from evaluation.test_images import load_test
+from evaluation.test_images import are_queried, load_test
 from files.reading import checked, number, optional, text
 from loss import TRAIN_LOSSES
 from models import SimCLREncoder, read_checkpoint
@@ -29,6 +30,8 @@ Measured = tuple[Tensor, ...]  # a method's measurements of an encoder, on the C
 
 # Images of the victim's data set on which many suspects are scored, where the command line does not say how many.
 TRAINED, UNSEEN = 800, 400
+PROBES = 1000  # of them, on which the maps of accounts are undone
+IN_ANSWERS = ("mark", "transform")  # defences that leave traces in answers: a method looks for those of each
 RANKING = "ranking"  # the method by which many suspects are compared
 SIMILARITY_IMAGES = 20_000  # of the victim's training images, the authors' number
 
@@ -37,6 +40,7 @@ def _only_with(*methods: str) -> Callable[[Command], str | None]:
     return lambda command: None if command.method in (None, *methods) else f"with --method {command.method}"
 
 
+_WITH_TEST_IMAGES = _only_with("watermark", "sslguard", "dataset-inference", *IN_ANSWERS, RANKING)
 _INFERENCE = {"acts": _only_with("dataset-inference", RANKING), "title": "dataset inference"}
 
 
@@ -66,12 +70,15 @@ class Encoders(Settings):
 
 @dataclass(frozen=True)
 class OwnershipTest(Settings):
-    """The method by which encoders are tested, the images, and the level at which a test is passed."""
+    """The method by which encoders are tested, the images, and the level at which a test is passed.
+
+    defence: the one whose traces in answers the method looks for, as the owner had it in force.
+    """
 
     method: str | None = setting(
         None,
-        "how copies are recognised; ranking: by all of these and by neighbours, with --suspects",
-        choices=("watermark", "sslguard", "dataset-inference", "similarity", RANKING),
+        "how copies are recognised; ranking, with --suspects: by neighbours and all of these but mark and transform",
+        choices=("watermark", "sslguard", "dataset-inference", "similarity", *IN_ANSWERS, RANKING),
     )
     level: float = setting(
         0.05, "probability of any false accusation among the suspects: a test's p-values are below it", above=0, below=1
@@ -83,8 +90,8 @@ class OwnershipTest(Settings):
         None,
         "use the last N test images",
         at_least=1,
-        otherwise=f"all not queried; to rank suspects {UNSEEN} at most",
-        acts=_only_with("watermark", "sslguard", "dataset-inference", RANKING),
+        otherwise=f"all not queried; for transform {PROBES} at most, to rank suspects {UNSEEN}",
+        acts=lambda command: "with --asked" if command.asked else _WITH_TEST_IMAGES(command),
     )
     num_train: int | None = setting(
         None,
@@ -97,6 +104,18 @@ class OwnershipTest(Settings):
         False,
         "first turn representations into the victim's (orthogonal Procrustes) by half of the images",
         acts=_only_with("watermark", "sslguard", "similarity", RANKING),
+    )
+    secret: int | None = setting(
+        None, "the owner's secret when answers were given", otherwise="--seed", acts=_only_with(*IN_ANSWERS)
+    )
+    account: str = setting("default", "account whose map is undone", acts=_only_with("transform"))
+    asked: str | None = setting(
+        None,
+        "look for the mark on images that were asked about: those of this data set that encoders are known to have "
+        "queried, else all that can be",
+        read=check_name,
+        otherwise="on test images that none has queried",
+        acts=_only_with("mark"),
     )
     components: int | None = setting(
         None,
@@ -124,6 +143,7 @@ class OwnershipTest(Settings):
         acts=_only_with("dataset-inference"),
         title="dataset inference",
     )
+    defence: Defence | None = None
     title = "test"
 
     def mixture(self, dataset: str) -> Mixture:
@@ -132,6 +152,14 @@ class OwnershipTest(Settings):
         return replace(
             published_mixture(dataset), **{name: value for name, value in given.items() if value is not None}
         )
+
+
+def use_test(command: Command) -> OwnershipTest:
+    """Put the test into force, with the defence whose traces it looks for."""
+    if command.method not in IN_ANSWERS:
+        return command.use(OwnershipTest)
+    secret = command.seed if command.secret is None else command.secret
+    return command.use(OwnershipTest, defence=command.use(DEFENCES[command.method], secret=secret))
 
 
 @dataclass
@@ -230,6 +258,16 @@ def unseen_images(test: OwnershipTest, dataset: str, root: Path, candidates: Seq
         remedy = "choose another --dataset" if test.num_test is None else "give --num-test 2 or more"
         raise UserError(f"{len(images)} test image is too few for a test: {remedy}")
     return images
+
+
+def asked_images(test: OwnershipTest, dataset: str, root: Path, candidates: Sequence[Candidate]) -> Tensor:
+    """Images of `test.asked`, which an owner finds among the account's queries: uint8 (N, 3, H, W).
+
+    Those that a checkpoint says were queried, or where none says so, all that an attacker of this victim can query.
+    """
+    images = load_queries(test.asked, dataset, root)[0]
+    queried = are_queried(images, *(Record.of(candidate.checkpoint).query_digests for candidate in candidates))
+    return images[queried] if queried.any() else images
 
 
 def training_images(dataset: str, root: Path, victim: Candidate) -> Tensor:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data_aug.datasets import same_source
 from defenses.dataset_inference import halves, log_likelihoods, random_crops, under_determined
 from defenses.watermark import check_width, read_watermark, watermark_scores
 from evaluation.alignment import Alignment
+from evaluation.answer_marks import judge_map, judge_words, measure_map, measure_words
 from evaluation.candidates import (
     SIMILARITY_IMAGES,
     Candidate,
@@ -26,7 +26,7 @@ from evaluation.candidates import (
 )
 from evaluation.fidelity import InformationScore, centred_cosines
 from evaluation.marks import judge_mark, measure_mark
-from evaluation.statistics import cohens_d, distance_from, further_draw, paired_t, sign_test, welch
+from evaluation.statistics import against, cohens_d, distance_from, further_draw, sign_test, welch
 from utils import Precision, UserError, generator
 
 Counts = dict[str, int | str | bool]  # numbers of images, and the method's settings
@@ -72,18 +72,7 @@ def judge_watermark(measured: Measured, others: Sequence[Measured]) -> Figures:
     wins, losses = right.all(dim=0).sum().item(), (~right).all(dim=0).sum().item()
     figures = {"accuracy": accuracy, "effect": distance_from(score, 0.5), "p_binomial": sign_test(wins, losses)}
     accuracies = [100 * read.double().mean().item() for read, _ in others]
-    return figures | _against(score, accuracy, [other for _, other in others], accuracies)
-
-
-def _against(score: Tensor, value: float, others: Sequence[Tensor], values: Sequence[float]) -> Figures:
-    """effect, p_t and p_encoders of scores (N,) and their summary, against other encoders' of the same images."""
-    figures = {}
-    if others:
-        figures["effect"] = cohens_d(score, torch.cat(list(others)))
-        figures["p_t"] = paired_t(score, sum(others) / len(others))
-    if len(others) > 1:
-        figures["p_encoders"] = further_draw(value, values)
-    return figures
+    return figures | against(score, accuracy, [other for _, other in others], accuracies)
 
 
 # ---- dataset inference -----------------------------------------------------------------------------------------------
@@ -216,7 +205,7 @@ def judge_similarity(measured: Measured, others: Sequence[Measured]) -> Figures:
     if len(score):
         figures["mutual_information"] = score.item()
     means = [other.mean().item() for other, _ in others]
-    return figures | _against(cosines, figures["centred_cosine"], [other for other, _ in others], means)
+    return figures | against(cosines, figures["centred_cosine"], [other for other, _ in others], means)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -240,6 +229,14 @@ METHODS = {
     "sslguard": Method(
         *(measure_mark, judge_mark, "key_cosine"),
         "the victim's key is read from {share:.1f} % of the images with its trigger, mean cosine {key_cosine:.2f}",
+    ),
+    "mark": Method(
+        *(measure_words, judge_words, "cosine_difference"),
+        "cosine to the secret directions greater by {cosine_difference:.3f} on images with the mark's words",
+    ),
+    "transform": Method(
+        *(measure_map, judge_map, "cosine"),
+        "cosine {cosine:.3f} with the victim's representations once the account's map is undone",
     ),
     "dataset-inference": Method(
         *(measure_inference, judge_inference, "effect"),

@@ -37,6 +37,11 @@ def paired_t(a: Scores, b: Scores) -> float:
     return float(scipy.stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
 
 
+def kolmogorov_smirnov(a: Scores, b: Scores) -> float:
+    """The p-value of Kolmogorov and Smirnov's test that scores a (N,) are greater than scores b (M,); of many."""
+    return float(scipy.stats.ks_2samp(_array(a), _array(b), alternative="less", method="asymp").pvalue)
+
+
 def sign_test(wins: int, losses: int) -> float:
     """The p-value of the binomial test that wins are more frequent than losses; 1 without any."""
     return float(scipy.stats.binomtest(wins, wins + losses, 0.5, "greater").pvalue) if wins + losses else 1.0
@@ -166,6 +171,18 @@ def hits_at(guilty: Scores, innocent: Scores, rate: float) -> int:
 
 
 # ---- an encoder among others -----------------------------------------------------------------------------------------
+
+
+def against(score: Scores, value: float, others: Sequence[Scores], values: Scores) -> dict[str, float]:
+    """effect, p_t and p_encoders of scores (N,) and their summary, against other encoders' of the same images."""
+    figures = {}
+    if len(others):
+        rows = [_array(other) for other in others]
+        figures["effect"] = cohens_d(score, np.concatenate(rows))
+        figures["p_t"] = paired_t(score, sum(rows) / len(rows))
+    if len(others) > 1:
+        figures["p_encoders"] = further_draw(value, values)
+    return figures
 
 
 def z_scores(values: np.ndarray) -> np.ndarray:

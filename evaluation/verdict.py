@@ -10,6 +10,7 @@ from evaluation.rows import encoder_row
 from evaluation.statistics import auc_interval, holm, rate_interval, roc
 from training.run import CHECKPOINT, Run
 
+AMONG_SECRETS = ("p_keys", "p_maps")  # tests that compare the owner's secret with others
 CONTROLS = ("victim", "untrained")  # kinds of encoders of which is known what a method has to say
 
 
@@ -85,8 +86,8 @@ def passes(figures: Figures, level: float) -> bool:
 
 
 def caveat(figures: Figures) -> str:
-    """The end of a verdict, which says what it lacks without independent encoders."""
-    if "p_encoders" in figures:
+    """The end of a verdict, which says what it lacks without independent encoders or other secrets."""
+    if {"p_encoders", *AMONG_SECRETS} & figures.keys():
         return ""
     alone = "" if "p_t" in figures else "by the binomial test against 50 % alone, "
     return f"; {alone}not compared with the spread of independent encoders: an innocent encoder may pass"
@@ -102,11 +103,15 @@ def count_words(counts: Counts) -> str:
 
 
 def verdict_table(candidates: Sequence[Candidate]) -> str:
-    """A Markdown row for each encoder: without p-values over images, which find any difference however small."""
+    """A Markdown row for each encoder: without p-values over images, which find any difference however small.
+
+    Those over encoders and over secrets are shown.
+    """
     found = {True: "yes", False: "no", None: "undecided"}
     names = dict.fromkeys(name for candidate in candidates for name in candidate.figures)
-    among_encoders = "p_encoders" in names
-    names = [name for name in names if name[:2] != "p_" or (among_encoders and name in ("p_encoders", "p_holm"))]
+    shown = [name for name in ("p_encoders", *AMONG_SECRETS) if name in names]
+    shown += ["p_holm"] if shown else []
+    names = [name for name in names if name[:2] != "p_" or name in shown]
     lines = [f"| kind | {' | '.join(names)} | found | encoder |", "|---" * (len(names) + 3) + "|"]
     for candidate in candidates:
         figures = candidate.figures
