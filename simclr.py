@@ -43,7 +43,7 @@ class SimCLR(Loop):
 
     def __init__(self, model: nn.Module, loss: Loss, recipe: Recipe, run: Run, companion: nn.Module | None = None):
         # The attacker's own features come from the untrained model, even if a checkpoint is loaded below.
-        self._untrained = copy.deepcopy(model) if run.resume else model
+        self._own = copy.deepcopy(model) if run.resume else model
         super().__init__(model, loss, recipe, run, companion)
         self._sources: dict[str, Tensor] = {}  # for each account, the image index of each of its queries
 
@@ -167,15 +167,18 @@ class SimCLR(Loop):
         attack: Attack = Attack(),  # noqa: B008 -- frozen
         labels: Tensor | None = None,
         refine: Callable[[Tensor], Tensor] | None = None,
+        own: nn.Module | None = None,
     ) -> None:
         """Train on a victim's answers to N images, by a loss of `loss.STEAL_LOSSES` or `LABEL_LOSSES`.
 
         Every query is made once and its answer reused in all epochs; the released recipe asks anew in every epoch.
         labels (N,): for an attacker who has them, and a loss that needs them. refine: turns the answers (V * N, D) into
-        the targets (V * N, model.output_dim). Answers to images that are streamed stay in a file, in float16.
+        the targets (V * N, model.output_dim). own: the attacker's own encoder (default: untrained copy). Answers to
+        images that are streamed stay in a file, in float16.
         """
         released = self.recipe.recipe == "released"
         count = self._check_attack(images, victim, attack, labels, refine is not None)
+        self._own = self._own if own is None else own
         if not self.start():
             return
         if released:  # of the queries of earlier epochs only the record is kept
@@ -260,7 +263,7 @@ class SimCLR(Loop):
         draws = generator(self.recipe.seed, "query views", epoch)
         stored = isinstance(images, Stored)
         client = Client(victim, keep, attack.repeat, np.float32 if stored else np.float16, jitter=attack.jitter)
-        bought = buy(client, images.to(CPU), attack, count, draws, lambda: self._features(images))
+        bought = buy(client, images.to(CPU), attack, count, draws, self._features)
         asked = torch.cat([*bought.sources.values()]).unique()  # also images whose answers were thrown away
         asked = asked[asked >= 0]
         record = self.run.record
@@ -289,8 +292,8 @@ class SimCLR(Loop):
     # ---- its parts ----
 
     def _features(self, images: Images) -> Tensor:
-        """The untrained copy's representations of the images (N, D), on the CPU."""
-        return represent(self._untrained.to(self.device), images, self.precision).cpu()
+        """Representations of the images (N, D), on the CPU, by the attacker's own encoder or the untrained copy."""
+        return represent(self._own.to(self.device), images, self.precision).cpu()
 
     def _loader(self, images: Images, epoch: int) -> Loader:
         return lambda batches: images.batches(batches, self.device, epoch, share)

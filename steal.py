@@ -102,7 +102,7 @@ def main() -> None:
         print(f"{command.losstype}: this attacker has the true labels of the images queried")
     trainer = SimCLR(model, loss, recipe, run, heads)
     if attack.asks:
-        trainer.steal(images, victim, attack, labels)
+        trainer.steal(images, victim, attack, labels, own=victims.own_encoder(command))
     else:
         print(f"queries: 0, the copy is trained on {len(images)} images without the victim")
         trainer.train(images, labels)

@@ -16,11 +16,12 @@ from typing import Any
 
 from data_aug.recipes import VIEW_RECIPES
 from loss import STEAL_LOSSES, TRAIN_LOSSES
-from settings import Command, Settings, setting
+from settings import Command, Settings, read_switch, setting
 from training.objective import Loss
 from utils import UserError
 
 OWN = "own-simclr"
+CSE = "cse"  # how --restore spells the removal of a mark
 # Values of steal.py's settings where the command line has none; those of the loss come after these.
 ATTACKS: dict[str, Mapping[str, Any]] = {
     # Dziedzic et al., ICML 2022: train on the answers by any loss.
@@ -71,6 +72,16 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
     # A control, which asks nothing: the attacker's own SimCLR on the images that it would query.
     OWN: {"losstype": "infonce"},
 }
+
+
+def read_restore(text: str) -> str | bool:
+    """Parses --restore: True, False or `cse`."""
+    if text.lower() == CSE:
+        return CSE
+    try:
+        return read_switch(text)
+    except UserError:
+        raise UserError(f"{text!r} is neither True, False nor {CSE}") from None
 
 
 def _unasked(command: Command) -> str | None:
@@ -140,8 +151,18 @@ class Attack(Settings):
         at_most=255,
         acts=lambda command: None if command.repeat > 1 else "without --repeat",
     )
-    restore: bool = setting(
-        False, "estimate and undo poisoning, rounding, top-k and noise in the answers", acts=_unasked
+    restore: str | bool = setting(
+        False,
+        f"estimate and undo poisoning, rounding, top-k and noise in the answers; {CSE}: project a mark out of them",
+        read=read_restore,
+        optional_value=True,
+        acts=_unasked,
+    )
+    cse_components: int = setting(
+        50,
+        f"directions that --restore {CSE} projects out of the answers",
+        at_least=1,
+        acts=lambda command: None if command.restore == CSE else f"without --restore {CSE}",
     )
     max_coverage: float | None = setting(
         None,
@@ -238,7 +259,7 @@ class Heads(Settings):
 
 # Settings that only steal.py offers; other scripts leave them at their defaults.
 ADAPTIVE = ("attack", "queryaug", "query_views", "prototype")
-ADAPTIVE = (*ADAPTIVE, "repeat", "jitter", "restore", "max_coverage", "sybils", "shared")
+ADAPTIVE = (*ADAPTIVE, "repeat", "jitter", "restore", "cse_components", "max_coverage", "sybils", "shared")
 
 
 def loss_of(attack: str, losstype: str) -> Loss:

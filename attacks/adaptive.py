@@ -6,13 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attacks import CSE
 from attacks.answers import Answers
 from attacks.client import Client
 from data_aug.images import Images
 from defenses.buckets import Coverage, Hyperplanes
+from utils import UserError
 
 PILOT = 0.1  # share of its images that an attacker who avoids buckets queries before it chooses
 BITS = 12  # of that attacker's hash table: the owner's is secret, but all such tables fill alike
+CLUSTERS, CLUSTER_SIZE = 20, 500  # so many clusters of answers, or as many as keep them to this size on average
+FLAGGED = 0.025  # pairs of answers that are flagged, for each answer
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # relative to the mean variance of a dimension
 
 
@@ -211,3 +215,57 @@ def complete_topk(answers: Tensor, k: int, rounds: int = 20) -> Tensor:
         guess = (filled - mean) @ basis @ basis.T + mean
         filled = torch.where(known, answers, guess.clamp(low, magnitude))
     return filled
+
+
+# ---- removing a mark -------------------------------------------------------------------------------------------------
+
+
+def check_components(components: int, dim: int) -> None:
+    """UserError for as many components as an answer has numbers, which would leave nothing of it."""
+    if components >= dim:
+        raise UserError(f"--cse-components {components} of the {dim} numbers of an answer leave nothing: give fewer")
+
+
+def without_mark(bought: Answers, features: Tensor, components: int) -> Answers:
+    """The answers bought, as `project_out` leaves them. features (V * M, F): the attacker's own of what was sent."""
+    flagged = disagreeing(bought.rows, features)
+    rows = project_out(bought.rows, flagged, components)
+    words = f"{CSE}: {len(flagged)} of {len(rows)} answers are like others that the attacker's encoder finds different"
+    return bought.only(torch.ones(len(bought), dtype=torch.bool), rows, words)
+
+
+def disagreeing(answers: Tensor, features: Tensor) -> Tensor:
+    """Which answers (N, D) are closer to some than the attacker's features (N, F) of the same images: indices (M,).
+
+    CSE's clustering and selection (Shetty et al., ACL 2024). Pairs are those within the clusters of k-means of unit
+    answers. They are ranked by the cosine of their answers and by that of their features. Those whose first rank is
+    furthest above the second are flagged, 0.025 N of them, with both of their answers.
+    """
+    from sklearn.cluster import KMeans  # here, so that an attack without it does not wait for the import
+
+    unit, own = (F.normalize(rows.cpu().float(), dim=1) for rows in (answers, features))
+    clusters = min(len(unit), max(CLUSTERS, len(unit) // CLUSTER_SIZE))
+    labels = torch.from_numpy(KMeans(clusters, n_init=1, random_state=0).fit_predict(unit.numpy()))
+    pairs, cosines = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        both = torch.triu_indices(len(members), len(members), 1)
+        pairs.append(members[both])
+        cosines.append(torch.stack([(rows[members] @ rows[members].T)[*both] for rows in (unit, own)]))
+    pairs, cosines = torch.cat(pairs, dim=1), torch.cat(cosines, dim=1)
+    if not pairs.shape[1]:
+        raise UserError(f"--restore {CSE} compares answers of a cluster, and {len(unit)} are too few: buy more")
+    ranks = cosines.argsort(dim=1).argsort(dim=1)
+    count = min(pairs.shape[1], max(1, int(FLAGGED * len(unit))))
+    return pairs[:, (ranks[0] - ranks[1]).topk(count).indices].unique()
+
+
+def project_out(answers: Tensor, flagged: Tensor, components: int) -> Tensor:
+    """Answers (N, D) without the first right singular vectors of those flagged (M,), each as long as it was.
+
+    CSE's elimination: unit rows, not centred; what is left of a row is normalised, and here has its length again.
+    """
+    unit = F.normalize(answers.double(), dim=1)
+    directions = torch.linalg.svd(unit[flagged], full_matrices=False).Vh[:components]
+    left = F.normalize(unit - unit @ directions.T @ directions, dim=1)
+    return (answers.norm(dim=1, keepdim=True) * left).to(answers)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attacks import Attack
-from attacks.adaptive import ask_as_sybils, ask_within, restore_answers
+from attacks import CSE, Attack
+from attacks.adaptive import ask_as_sybils, ask_within, check_components, restore_answers, without_mark
 from attacks.answers import Answers
 from attacks.client import Client
 from attacks.queries import queries_sent
@@ -19,16 +19,19 @@ def buy(
     attack: Attack,
     count: int,
     draws: torch.Generator,
-    features: Callable[[], Tensor] | None = None,
+    features: Callable[[Images], Tensor] | None = None,
 ) -> Answers:
     """Ask the client's victim about N images as the attack says.
 
-    With `max_coverage` it asks about `count` of them, chosen by the attacker's `features` (N, F) of all images, which
-    cost no queries. Streamed images are sent unchanged, with a single query each.
+    With `max_coverage` it asks about `count` of them, chosen by the attacker's own `features` of all images (N, F),
+    which cost no queries. CSE compares the answers with those of what was sent. Streamed images are sent unchanged,
+    with a single query each.
     """
+    if attack.restore == CSE:
+        check_components(attack.cse_components, client.victim.dim)
     index = torch.arange(len(images))
     if attack.max_coverage is not None:
-        chosen, rows, words = ask_within(client, images, features(), count, attack.max_coverage, draws)
+        chosen, rows, words = ask_within(client, images, features(images), count, attack.max_coverage, draws)
         part = images[chosen]
         bought = Answers(chosen, part, part, rows, attack, client.sources, [words])
     else:
@@ -40,4 +43,6 @@ def buy(
             rows, findings = client.ask(sent, sources), []
         bought = Answers(index, images, sent, rows, attack, client.sources, findings)
     bought = bought.without_losses(client.lost) if client.lost else bought
+    if attack.restore == CSE:
+        return without_mark(bought, features(bought.sent), attack.cse_components)
     return restore_answers(bought) if attack.restore else bought

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attacks import Attack
+from attacks import CSE, Attack
 from data_aug.augment import random_views
 from data_aug.datasets import DATASET_NAMES, check_name, load_queries, same_source, unlabelled_split
 from data_aug.images import VIEWS, Stored, Streamed, Views, open_pictures
@@ -23,6 +23,14 @@ def _on_another_data_set(command: Command) -> str | None:
     if "dataset" not in command.settled or same_source(command.dataset, command.datasetsteal):
         return None
     return f"on another data set than {command.dataset}"
+
+
+def _without_own_space(command: Command) -> str | None:
+    # Not every script has all of these flags.
+    compares = getattr(command, "max_coverage", None) is not None or getattr(command, "restore", None) == CSE
+    if compares or command.query_order == "k-centre":
+        return None
+    return f"without --query-order k-centre, --max-coverage and --restore {CSE}"
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,10 @@ class QueryChoice(Settings):
     )
     query_space: Path | None = setting(
         None,
-        "the attacker's encoder in whose space k-centre chooses: checkpoint, run folder or run name "
-        "(default: the untrained copy)",
+        "the attacker's own encoder, by which k-centre and --max-coverage choose and --restore cse compares: "
+        "checkpoint, run folder or run name (default: the untrained copy)",
         title="attack",
-        acts=lambda command: None if command.query_order == "k-centre" else "without --query-order k-centre",
+        acts=_without_own_space,
     )
     force: bool = setting(
         False,

@@ -222,6 +222,14 @@ def open_copy(command: Command, opened: Opened, record: Record, precision: Preci
     return run
 
 
+def own_encoder(command: Command) -> SimCLREncoder | None:
+    """The attacker's own encoder, of --query-space; None without it."""
+    if command.query_space is None:
+        return None
+    path = locate(command.query_space, command.checkpoint_dir)
+    return encoder_of(read_checkpoint(path), path)
+
+
 def choose(
     command: Command,
     count: int,
@@ -232,11 +240,7 @@ def choose(
     """`choose_queries` by the flags. The space of k-centre is --query-space or the copy `untrained(images)`."""
 
     def features(images: Tensor) -> Tensor:
-        if command.query_space is None:
-            encoder = untrained(images)
-        else:
-            path = locate(command.query_space, command.checkpoint_dir)
-            encoder = encoder_of(read_checkpoint(path), path)
+        encoder = own_encoder(command) or untrained(images)
         return represent(encoder.to(precision.device), images, precision)
 
     choice, attacks = command[QueryChoice], command.all(Attack)

@@ -2,21 +2,37 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy import stats
+from sklearn.cluster import KMeans
 
 import steal
 from attacks import Attack
-from attacks.adaptive import align, ask_as_sybils, ask_within, denoise, replaced, restore, restore_answers
+from attacks.adaptive import (
+    align,
+    ask_as_sybils,
+    ask_within,
+    denoise,
+    disagreeing,
+    project_out,
+    replaced,
+    restore,
+    restore_answers,
+)
 from attacks.answers import Answers
 from attacks.buy import buy
 from attacks.client import Client, jitter
 from data_aug.datasets import load_dataset
+from data_aug.digests import perceptual_hashes
 from data_aug.images import Stored
 from defenses import DEFENCES
+from defenses.mark import Mark
 from evaluation import linear_cka, represent
+from evaluation.answer_marks import cosines_by_words
 from models import read_checkpoint
 from tests.conftest import STEAL, made
 from tests.networks import small_encoder, trainer
-from utils import generator
+from utils import UserError, generator
 from victim import Victim, image_digests
 
 QUERIES = 600
@@ -193,6 +209,69 @@ def test_an_attacker_who_restores_beats_poisoning(encoder, images, clean):
     assert client.victim.ledger.queries == len(left.sources["default"]) == QUERIES
 
 
+# ---- a mark removed ----
+
+
+@pytest.fixture(scope="module")
+def features(images):
+    """What the attacker's own, untrained encoder makes of the images."""
+    return represent(small_encoder(seed=1, dim=256), images)
+
+
+def test_answers_are_flagged_that_are_like_others_of_their_cluster_whose_features_are_not(clean, features):
+    answers, own = clean[:150].double(), features[:150].double()
+    unit = F.normalize(answers, dim=1)
+    labels = KMeans(20, n_init=1, random_state=0).fit_predict(unit.float().numpy()).tolist()
+    pairs = [(i, j) for i in range(150) for j in range(i + 1, 150) if labels[i] == labels[j]]
+    ranks = [
+        stats.rankdata([torch.cosine_similarity(rows[i], rows[j], dim=0).item() for i, j in pairs])
+        for rows in (answers, own)
+    ]
+    above = sorted(zip((ranks[0] - ranks[1]).tolist(), pairs, strict=True), reverse=True)
+    assert above[2][0] > above[3][0]  # 0.025 pairs for each answer: 3
+    expected = sorted({i for _, pair in above[:3] for i in pair})
+    assert disagreeing(answers.float(), own.float()).tolist() == expected
+
+
+def test_projected_answers_have_nothing_of_the_first_directions_and_keep_their_lengths(clean):
+    flagged = torch.arange(0, 90, 3)
+    left = project_out(clean, flagged, 4).double()
+    unit = F.normalize(clean, dim=1).double()
+    directions = torch.linalg.eigh(unit[flagged].T @ unit[flagged]).eigenvectors[:, -4:]  # not centred
+    assert (left @ directions).abs().max() < 1e-4
+    rest = unit.clone()
+    for direction in directions.T:  # one by one, as published
+        rest = F.normalize(rest - (rest @ direction)[:, None] * direction, dim=1)
+    torch.testing.assert_close(left, rest * clean.double().norm(dim=1, keepdim=True), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("settings", "removed"), [({}, True), ({"mark_directions": 4}, False)])
+def test_cse_removes_one_direction_and_not_several(settings, removed, encoder, images, features):
+    """WARDEN's claim: several directions withstand it."""
+    mark = Mark(secret=3, **settings)
+    client = Client(Victim(encoder, defences=[mark]))
+    own = lambda sent: features  # noqa: E731
+    plain, left = (
+        buy(client, Stored(images), Attack(restore=how), QUERIES, generator(0, "t"), own) for how in (False, "cse")
+    )
+    key, hashes = mark.key(256), perceptual_hashes(images, 3)
+    before, after = (cosines_by_words(F.normalize(one.rows, dim=1), key, hashes)[0].mean() for one in (plain, left))
+    assert before > 0.1
+    assert (after < before / 3) == removed
+    assert "of 600 answers are like others that the attacker's encoder finds different" in left.findings[-1]
+    assert torch.equal(left.index, plain.index)
+
+
+def test_cse_that_would_leave_nothing_is_refused_before_a_query(encoder, images):
+    client = client_of(encoder)
+    for components in (256, 300):
+        with pytest.raises(
+            UserError, match=f"--cse-components {components} of the 256 numbers of an answer leave nothing"
+        ):
+            buy(client, Stored(images), Attack(restore="cse", cse_components=components), QUERIES, generator(0, "t"))
+    assert client.victim.ledger.queries == 0
+
+
 # ---- several accounts ----
 
 
@@ -280,7 +359,7 @@ def test_it_stops_when_its_own_table_is_full_enough(encoder, images, draws):
 def test_what_a_choosy_attacker_bought_is_of_the_images_that_it_chose(encoder, images, clean, draws):
     """Position, pixels and answer of each belong together, and no more are asked than it may."""
     attack = Attack(max_coverage=100.0)
-    bought = buy(client_of(encoder), Stored(images), attack, 90, draws, lambda: clean)
+    bought = buy(client_of(encoder), Stored(images), attack, 90, draws, lambda images: clean)
     assert len(bought) == len(bought.rows) == len(bought.index.unique()) == 90
     assert torch.equal(bought.images.tensor, images[bought.index])
     assert bought.sent is bought.images
@@ -304,6 +383,8 @@ def copy_of(out):
         (("--sybils", "3", "--shared", "4"), 16, 24),
         (("--sybils", "2", "--shared", "4", "--repeat", "2"), 8, 24),
         (("--max-coverage", "100"), 24, 24),
+        (("--restore", "cse"), 24, 24),
+        (("--restore", "cse", "--n-views", "2"), 12, 24),
     ],
 )
 def test_the_budget_covers_every_asking(flags, images, queries, call, trained):
@@ -336,7 +417,21 @@ def test_an_attack_that_chooses_is_resumed_with_the_same_choice(call, trained, t
     assert torch.equal(copy_of(out)["query_indices"], whole["query_indices"])
 
 
+def test_an_attackers_own_encoder_is_what_cse_compares_with(call, trained, refused):
+    line = (*STEAL, "-b", "4", "--defence", "mark", "--restore", "cse", "--cse-components", "1")
+    answers = {}
+    for own in ((), ("--query-space", trained)):
+        code, out, err = call(steal, *line, *own)
+        assert code == 0, err
+        answers[own] = copy_of(out)["state_dict"]
+    first, second = answers.values()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert "--query-space has no effect without" in refused(steal, *STEAL, "--restore", "--query-space", trained)
+
+
 def test_what_cannot_be_asked_is_refused(refused, trained):
+    assert "'csf' is neither True, False nor cse" in refused(steal, *STEAL, "--restore", "csf")
+    assert "--cse-components has no effect without --restore cse" in refused(steal, *STEAL, "--cse-components", "9")
     assert "too few for 30 askings" in refused(steal, *STEAL, "--repeat", "30")
     assert "--shared 1 is too few" in refused(steal, *STEAL, "--sybils", "2", "--shared", "1")
     assert "60 shared queries" in refused(steal, *STEAL, "--sybils", "4", "--shared", "20")

@@ -235,7 +235,7 @@ def buy_all(victim, images, attack, keep, dtype=np.float32):
     client = Client(victim, keep, attack.repeat, dtype, batch_size=5, jitter=attack.jitter)
     draws = torch.Generator().manual_seed(0)
     features = images.flatten(1)[:, ::300].float()
-    return buy(client, Stored(images), attack, attack.images(victim.budget), draws, lambda: features)
+    return buy(client, Stored(images), attack, attack.images(victim.budget), draws, lambda images: features)
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])

@@ -59,7 +59,7 @@ QUERIES = {"num_queries": "16", "query_order": "random", "datasetsteal": "mnist"
 QUERIES |= {"query_space": (("--query-order", "k-centre"), "none.pth.tar")}
 FORCE = (("--datasetsteal", "cifar10"), "True")
 
-NOISE, POISONING, DETECTION = (("--defence", name) for name in ("noise", "poisoning", "detection"))
+NOISE, POISONING, DETECTION, MARK = (("--defence", name) for name in ("noise", "poisoning", "detection", "mark"))
 BUCKETS = ("--defence", "buckets", "--bucket-bits", "3", "--bucket-alpha", "10", "--bucket-beta", "20")
 DEFENDED = {
     "defence": "noise",
@@ -74,6 +74,8 @@ DEFENDED = {
     "top_k": (("--defence", "topk"), "8"),
     "dimensions": (("--defence", "truncate"), "8"),
     "transform": (("--defence", "transform"), "binary"),
+    "mark_rule": (MARK, "espew"),
+    "mark_directions": (MARK, "2"),
     "detection_bits": (DETECTION, "3"),
     "detection_memory": (DETECTION, "1"),
     "bucket_bits": (BUCKETS, "2"),
@@ -92,6 +94,7 @@ FOUND = {
     **{"bucket_bits": "3", "bucket_lambda": "0.1", "bucket_alpha": "5", "bucket_beta": "2", "detection_bits": "3"},
     **{"bucket_cells": "kmeans", "jitter": "3", "copy_normalize": "none", "query_space": "own.pth.tar"},
     **{"query_views": "mild", "views": "mild", "ema": "0.5", "queue": "9", "bn_groups": "2"},
+    **{"mark_rule": "espew", "mark_directions": "2", "cse_components": "9"},
     **{"detection_memory": "7", "temperature": "0.5", "temperaturesn": "5", "distance": "l1", "lambda_aug": "2"},
 }
 
@@ -145,6 +148,7 @@ EFFECTS = {
             "repeat": "2",
             "jitter": (("--repeat", "2"), "9"),
             "restore": (("--defence", "topk"), "True"),
+            "cse_components": (("--restore", "cse"), "3"),
             "max_coverage": "0.1",
             "sybils": "2",
             "shared": (("--sybils", "2"), "4"),
