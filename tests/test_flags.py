@@ -148,7 +148,7 @@ EFFECTS = {
             "repeat": "2",
             "jitter": (("--repeat", "2"), "9"),
             "restore": (("--defence", "topk"), "True"),
-            "cse_components": (("--restore", "cse"), "3"),
+            "cse_components": (("--restore", "cse"), "1"),
             "max_coverage": "0.1",
             "sybils": "2",
             "shared": (("--sybils", "2"), "4"),
