@@ -7,7 +7,7 @@ trainer.train(Stored(images))
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from data_aug.images import Batch, Images, Stored
 from data_aug.recipes import VIEW_RECIPES
 from defenses.watermark import draw_turns
 from jobs.exchange import barrier, processes, share
-from training.loop import BatchLoss, Loader, Loop
+from training.loop import BatchLoss, Loader, Loop, without_images
 from training.monitor import spread_of
 from training.objective import Loss
 from training.recipe import Recipe
@@ -131,7 +131,7 @@ class SimCLR(Loop):
             whole = rows_of(batch.index, views, count)
             return value(batch.index, features, *(target[whole] for target in targets)), features
 
-        self.fit(count, lambda epoch: (_without_images, batch_loss))
+        self.fit(count, lambda epoch: (without_images, batch_loss))
 
     def train_probe(
         self, inputs: Tensor | Images, labels: Tensor, encoder: Callable[[Tensor], Tensor] | None = None
@@ -156,7 +156,7 @@ class SimCLR(Loop):
             return F.cross_entropy(logits, labels[batch.index]), logits
 
         def prepare(epoch: int) -> tuple[Loader, BatchLoss]:
-            return _without_images if rows is not None else self._loader(inputs, epoch), batch_loss
+            return without_images if rows is not None else self._loader(inputs, epoch), batch_loss
 
         self.fit(len(labels), prepare)
 
@@ -325,8 +325,3 @@ class SimCLR(Loop):
         """The loss of a batch's index (B,) and features (views * B, D)."""
         self._check_labels(labels)
         return self.loss.of_batch(views, labels.to(self.device) if self.loss.needs_labels else None)
-
-
-def _without_images(batches: Sequence[Tensor]) -> Iterable[Batch]:
-    """Batches of indices alone, for training on rows."""
-    return (Batch(index, index[share(len(index))], index[:0]) for index in batches)

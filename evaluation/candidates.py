@@ -265,7 +265,7 @@ def asked_images(test: OwnershipTest, dataset: str, root: Path, candidates: Sequ
 
     Those that a checkpoint says were queried, or where none says so, all that an attacker of this victim can query.
     """
-    images = load_queries(test.asked, dataset, root)[0]
+    images = load_queries(test.asked, dataset, root, size=candidates[0].size)[0]
     queried = are_queried(images, *(Record.of(candidate.checkpoint).query_digests for candidate in candidates))
     return images[queried] if queried.any() else images
 

@@ -14,7 +14,7 @@ from data_aug.images import Batch
 from files.reading import reading
 from files.writing import save_checkpoint
 from jobs.ending import Stopped, deferred, received
-from jobs.exchange import any_of, barrier, parallel, processes, whole_batch
+from jobs.exchange import any_of, barrier, parallel, processes, share, whole_batch
 from models import read_checkpoint
 from models.checkpoint import load_checked
 from training.compiling import compiled, compiles
@@ -30,6 +30,11 @@ from utils import UserError, first_process, generator
 BatchLoss = Callable[[Batch], tuple[Tensor, Tensor]]
 # The batches' indices (B,) -> the batches.
 Loader = Callable[[Sequence[Tensor]], Iterable[Batch]]
+
+
+def without_images(batches: Sequence[Tensor]) -> Iterable[Batch]:
+    """A `Loader` of batches of indices alone, for training on rows."""
+    return (Batch(index, index[share(len(index))], index[:0]) for index in batches)
 
 
 class Loop:
