@@ -269,7 +269,7 @@ def test_a_victim_by_byol_learns_and_is_stolen(call, tmp_path):
         code, _, err = call(linear_eval, *judge, "--modeltype", kind, *named)
         assert code == 0, err
         scores[kind] = json.loads((tmp_path / "checkpoints/results.jsonl").read_text().splitlines()[-1])
-    assert scores["victim"]["top1_converged"] > scores["random"]["top1_converged"] + 5
+    assert scores["victim"]["top1_converged"] > scores["random"]["top1_converged"] + 3
     copied = ("--datasetsteal", "shapes", "--num_queries", "64", "--epochs", "1", "-b", "16", "--losstype", "mse")
     code, out, err = call(steal, "--victim", victim, "--archstolen", "resnet10w32", *copied, "--device", "cpu")
     assert code == 0, err
