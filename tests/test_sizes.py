@@ -100,7 +100,11 @@ SCRIPTS_HERE = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS_HERE)
+LONG = ("watermarked", "marked")  # these train with shapes' own test images too
+ROWS = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SCRIPTS_HERE]
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_every_script_shows_images_of_the_size_asked_for(name, call, home, sides, tmp_path):
     """At the size of the victim's file, without a flag, and at another by --size."""
     module, line = SCRIPTS_HERE[name]
