@@ -14,6 +14,7 @@ from attacks.queries import queries_sent
 from data_aug.augment import apply_views, draw_views
 from data_aug.folders import resize
 from data_aug.images import Stored
+from data_aug.sizes import settle_size
 from defenses import DEFENCES
 from models import read_checkpoint
 from simclr import SimCLR
@@ -216,6 +217,7 @@ def test_released_queries_of_stl10_are_cut_from_its_own_size(n_views, side, stl1
     """Where views are sent; else the images are made smaller, as the victim takes them."""
     line = f"-data {tmp_path} --datasetsteal stl10 --recipe released --num_queries {6 * n_views} --n-views {n_views}"
     command = steal_script.parse([*line.split(), "--dataset", "cifar10", "--losstype", "mse"])
+    settle_size(command)  # as a victim's file does
     images, _, record = victims.choose(command, 6, lambda images: None, FP32)
     assert torch.equal(images.tensor, stl10[:6] if side == 96 else resize(stl10[:6], 32))
     sent = queries_sent(images, command[Attack], generator(0, "query views", 0))

@@ -92,7 +92,7 @@ def test_the_angles_of_an_epoch_are_those_of_its_images(tmp_path, images, monkey
         turned.update({image.numpy().tobytes(): pair for image, pair in zip(batch, degrees.view(2, -1).T, strict=True)})
         return half_turns(batch, degrees)
 
-    monkeypatch.setattr("simclr.half_turns", spy)
+    monkeypatch.setattr("defenses.watermark.half_turns", spy)
     seen = []
     for size, epochs in ((4, 1), (6, 1), (4, 2)):
         trainer(tmp_path / f"{size}-{epochs}", epochs=epochs, batch_size=size).train(Stored(images))
