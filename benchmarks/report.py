@@ -39,7 +39,9 @@ class Results:
         peak = row.get("share_of_peak", {}).get("peak") or content.get("peak")
         known = [name for name in self.order if name in rows]
         kept = {name: rows[name] for name in [*known, *(rows.keys() - set(known))]}
-        content = {**self.head, "peak": peak, "rows": kept}
+        # A package that is not here now is that of earlier rows.
+        versions = {name: now or content.get("versions", {}).get(name) for name, now in self.head["versions"].items()}
+        content = {**self.head, "versions": versions, "peak": peak, "rows": kept}
         _write(self.json, json.dumps(content, indent=1) + "\n")
         _write(self.markdown, as_markdown(content))
 
@@ -66,11 +68,11 @@ def as_markdown(content: Mapping[str, Any]) -> str:
 
 def _head(content: Mapping[str, Any]) -> list[str]:
     box, versions, peak = content["machine"], content["versions"], content.get("peak")
-    there = [f"{name} {version}" for name, version in versions.items() if version and name != "commit"]
+    there = [f"{name} {version}" for name, version in versions.items() if version and name != "commit"]  # rows have one
     lines = [
         f"- {box['gpu'] or box['cpu']}" + (f", {box['cpu']}" if box["gpu"] else f" ({box['cpu_units']})"),
         f"- {box['threads']} threads, networks in {box['precision']} where `--precision auto` decides",
-        f"- commit {versions['commit']}; {', '.join(there)}",
+        f"- {', '.join(there)}",
     ]
     if peak:
         words = f"{_number(peak['flop_per_second'] / GIGA)} GFLOP/s, a {peak['numbers']} product of {peak['side']} rows"

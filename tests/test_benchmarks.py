@@ -92,6 +92,17 @@ def test_a_row_that_runs_again_replaces_its_own_entry_only(written):
     assert not list(file.parent.glob(".*"))
 
 
+def test_a_package_that_is_gone_is_that_of_earlier_rows(tmp_path):
+    results = Results(tmp_path / "out", CPU, False, ["one", "two"])
+    row = make_row("title", Contest(Effort(CPU)), "s") | {"run": RUN}
+    results.head["versions"] |= {"kornia": "0.9.0", "numpy": "1"}
+    results.put("one", row)
+    results.head["versions"] |= {"kornia": None, "numpy": "2"}
+    results.put("two", row)
+    versions = json.loads(results.json.read_text())["versions"]
+    assert (versions["kornia"], versions["numpy"]) == ("0.9.0", "2")
+
+
 def test_what_was_left_out_replaces_no_figures(tmp_path):
     results = Results(tmp_path / "out", CPU, False, ["one", "two", "three"])
     figures, absent = make_row("title", Contest(Effort(CPU)), "s"), {"title": "one", "missing": "left out"}
