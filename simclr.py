@@ -54,6 +54,8 @@ class SimCLR(Loop):
         loss of each step also has the watermark's cross-entropy for the half turn that each image was given.
         """
         watermark = None if self.loss.companion else self.companion
+        if self.loss.companion and self.companion is None:
+            raise UserError("this loss trains a companion too: give SimCLR what loss.make_companion makes")
         if views < self.loss.min_views:
             raise UserError(
                 f"this loss compares views: --n-views {views} is too few, give {self.loss.min_views} or more"

@@ -19,9 +19,12 @@ from data_aug.images import Stored
 from data_aug.recipes import VIEW_RECIPES
 from loss import TRAIN_LOSSES
 from models import load_encoder, projection_head, read_checkpoint
+from simclr import SimCLR
 from tests.conftest import made
-from tests.networks import losses, same, small_encoder, trainer, weights
+from tests.networks import FP32, losses, same, small_encoder, trainer, weights
 from tests.test_training import Killed, kill_in_epoch
+from training.recipe import Recipe
+from training.run import Run
 from training.siamese import BYOL, SIAMESE_LOSSES, MoCo
 from utils import UserError, generator, seeded
 
@@ -281,3 +284,12 @@ def test_what_they_cannot_be_combined_with_is_refused(name, refused):
     for flags in (("--recipe", "released"), ("--watermark", "True")):
         assert f"{flags[0]} has no effect with the loss {name}" in refused(run, *SHAPES, "--losstype", name, *flags)
     assert name in refused(steal, *SHAPES, "--losstype", name)
+
+
+@pytest.mark.parametrize("name", SIAMESE_LOSSES)
+def test_without_their_companion_they_are_refused(name, tmp_path):
+    model = encoder()
+    with pytest.raises(UserError, match=r"give SimCLR what loss.make_companion makes"):
+        SimCLR(model, TRAIN_LOSSES[name].bind({}), Recipe(epochs=1), Run(tmp_path, FP32)).train(
+            Stored((255 * pictures(8)).byte())
+        )
