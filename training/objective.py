@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,18 +62,20 @@ class Loss:
 
     def __call__(self, *features: Tensor, **arguments: Any) -> Tensor:
         """The loss of features, with the bound hyper-parameters where `arguments` have no others."""
-        return self.function(*features, **{**self._bound(self.function), **arguments})
+        return self.function(*features, **{**self._bound(self._arguments), **arguments})
 
     def make_companion(self, encoder: nn.Module, images: int, batch_size: int) -> nn.Module | None:
         """The companion of an encoder with a head that is trained on so many images; None where the loss has none.
 
         Its weights are drawn from the global generator (see `utils.seeded`). UserError for a batch size it cannot use.
         """
-        return self.companion and self.companion(encoder, images, batch_size, **self._bound(self.companion))
+        if self.companion is None:
+            return None
+        return self.companion(encoder, images, batch_size, **self._bound(inspect.signature(self.companion).parameters))
 
-    def _bound(self, taker: Callable[..., Any]) -> dict[str, Any]:
-        """The bound hyper-parameters that a function or a class takes."""
-        declared, taken = settings_of(self), inspect.signature(taker).parameters
+    def _bound(self, taken: Container[str]) -> dict[str, Any]:
+        """The bound hyper-parameters among the arguments of these names."""
+        declared = settings_of(self)
         bound = {declared[name].argument or name: value for name, value in self.values.items()}
         return {name: value for name, value in bound.items() if name in taken}
 
